@@ -1,0 +1,1 @@
+"""Scores on public benchmarks, one command each; every score keeps its predictions."""

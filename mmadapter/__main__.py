@@ -1,0 +1,5 @@
+import sys
+
+from mmadapter.cli import main
+
+sys.exit(main())

@@ -1,0 +1,293 @@
+"""LLaMA, read from top to bottom.
+
+LLaMA 1, 2 and 3 (arXiv 2302.13971, 2307.09288, 2407.21783) and the models built alike. Adaption prompts enter at one
+place, `Attention.forward`; without them this is the base model, and nothing here is trained.
+
+Shapes: B batch, T new tokens, S tokens attended to (cached and new), C width, H query heads, G key/value heads,
+D head width, N layers, V vocabulary, K prompt length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmadapter.config import LlamaConfig
+
+if TYPE_CHECKING:
+    from mmadapter.adapter import PromptKV
+
+SHORT = 256  # keys up to which attention holds its scores in memory
+
+
+def rope_table(config: LlamaConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles (RoFormer, arXiv 2104.09864).
+
+    Args:
+        positions: Token positions, [T] or [B, T].
+        dtype: Of the result; the angles themselves are computed in float32.
+
+    Returns:
+        Two tensors [1, T, D/2] or [B, T, D/2].
+    """
+    exponents = torch.arange(0, config.head_width, 2, device=positions.device, dtype=torch.float32) / config.head_width
+    frequencies = config.rope_theta**-exponents  # [D/2]
+    if config.rope_divisors is not None:
+        frequencies = frequencies / torch.tensor(config.rope_divisors, device=positions.device)
+    angles = torch.atleast_2d(positions).float()[..., None] * frequencies  # [1 or B, T, D/2]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates each pair (i, i + D/2) of [B, heads, T, D]: the halves convention of Hugging Face checkpoints."""
+    cos, sin = (table[:, None] for table in rope)  # [B, 1, T, D/2]
+    first, second = x.chunk(2, dim=-1)  # [B, heads, T, D/2] each
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)  # [B, heads, T, D]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v with grouped queries: head h reads key/value head h // (H / G).
+
+    Up to `SHORT` keys it is two matrix products; beyond, torch's blocked kernel, which never holds the T by S scores
+    but takes several times longer on short rows.
+
+    Args:
+        q: [B, H, T, D].
+        k, v: [B, G, S, D].
+        mask: True where a query may look, [1 or B, 1, T, S]; None is causal, the last query at the last key.
+
+    Returns:
+        [B, H, T, D].
+    """
+    B, H, T, D = q.shape
+    G, S = k.shape[1:3]
+    if S > SHORT:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=H > G
+        )
+    scores = (q.reshape(B, G, H // G * T, D) @ k.transpose(2, 3)).view(B, H, T, S) * D**-0.5
+    if mask is None and T > 1:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)  # [B, H, T, S]
+    return (weights.view(B, G, H // G * T, S) @ v).view(B, H, T, D)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, in room set aside for `capacity` tokens.
+
+    Rows share one length; shorter rows are padded on the left and their padding is masked (see `Llama.hidden`).
+    """
+
+    def __init__(
+        self, config: LlamaConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        shape = (config.layers, batch, config.kv_heads, capacity, config.head_width)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)  # [N, B, G, capacity, D]
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores [B, G, T, D] behind the tokens seen so far and returns all S of them, [B, G, S, D]."""
+        end = self.length + key.shape[2]
+        self.keys[layer, :, :, self.length : end] = key
+        self.values[layer, :, :, self.length : end] = value
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps the rows of index `rows` [B'], in that order; a row may be taken more than once (beam search)."""
+        shape = (self.keys.shape[0], len(rows), *self.keys.shape[2:])
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = torch.empty(shape, dtype=old.dtype, device=old.device)
+            new[:, :, :, : self.length] = old[:, rows, :, : self.length]
+            setattr(self, name, new)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the mean square taken in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return wide.to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_width = config.heads, config.kv_heads, config.head_width
+        self.wq = nn.Linear(config.width, config.heads * config.head_width, bias=False)
+        self.wk = nn.Linear(config.width, config.kv_heads * config.head_width, bias=False)
+        self.wv = nn.Linear(config.width, config.kv_heads * config.head_width, bias=False)
+        self.wo = nn.Linear(config.heads * config.head_width, config.width, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        layer: int,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KVCache | None,
+        prompt: PromptKV | None,
+    ) -> Tensor:
+        """Attention over the text, plus the gated attention over the adaption prompts (Eq. 5 to 9).
+
+        Args:
+            x: [B, T, C].
+            mask: True where a query may look, [1 or B, 1, T, S]; None is plain causal attention.
+            prompt: Keys, values and gates of this layer's adaption prompts, None where the layer is not adapted.
+        """
+        B, T, _ = x.shape
+        q = self.wq(x).view(B, T, self.heads, self.head_width).transpose(1, 2)  # [B, H, T, D]
+        k = self.wk(x).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)  # [B, G, T, D]
+        v = self.wv(x).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)  # [B, G, T, D]
+        q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  # [B, G, S, D]
+        out = attend(q, k, v, mask)  # [B, H, T, D]
+        if prompt is not None:
+            out = out + prompt.attend(q)
+        return self.wo(out.transpose(1, 2).reshape(B, T, self.heads * self.head_width))  # [B, T, C]
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.width, config.hidden_width, bias=False)
+        self.w2 = nn.Linear(config.hidden_width, config.width, bias=False)
+        self.w3 = nn.Linear(config.width, config.hidden_width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # [B, T, C]
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.width, config.norm_eps)
+
+
+class Llama(nn.Module):
+    """The base model. Its state-dict keys are Meta's and stay the same with and without an adapter."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        if not config.tied:
+            self.output = nn.Linear(config.width, config.vocab_size, bias=False)
+
+    @classmethod
+    def from_state_dict(cls, config: LlamaConfig, state: dict[str, Tensor]) -> Llama:
+        """A frozen model that holds the tensors of `state` themselves, without a copy.
+
+        Raises:
+            RuntimeError: A tensor is missing, extra or of another shape.
+        """
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict(state, strict=True, assign=True)
+        return model.requires_grad_(False).eval()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tok_embeddings.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tok_embeddings.weight.device
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        return KVCache(self.config, batch, capacity, self.dtype, self.device)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        prompts: Sequence[PromptKV | None] | None = None,
+        cache: KVCache | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the next token at every position, float32 [B, T, V]; the arguments are those of `hidden`."""
+        return self.logits(self.hidden(tokens, prompts=prompts, cache=cache, valid=valid))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., C] -> float32 [..., V]."""
+        weight = self.tok_embeddings.weight if self.config.tied else self.output.weight
+        return F.linear(hidden, weight).float()
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        prompts: Sequence[PromptKV | None] | None = None,
+        cache: KVCache | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """Final hidden states, [B, T, C].
+
+        Args:
+            tokens: Token ids, [B, T].
+            prompts: For each of the N layers the adaption prompts' keys and values, or None (`Adapter.prompts`).
+            cache: Earlier tokens; the new ones are appended to it.
+            valid: False where a token, cached or new, is padding, [B, S]. Padding stands on the left of a row; it takes
+                no position and nothing looks at it. None: there is none.
+
+        Raises:
+            ValueError: The tokens are not [B, T] with T >= 1, or the cache has no room for them.
+        """
+        if tokens.ndim != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens must be [B, T] with at least one token a row, got shape {tuple(tokens.shape)}")
+        T = tokens.shape[1]
+        past = cache.length if cache is not None else 0
+        if cache is not None and past + T > cache.capacity:
+            raise ValueError(f"the cache has room for {cache.capacity} tokens, {past} are in it and {T} more came")
+        if valid is None:
+            positions = torch.arange(past, past + T, device=tokens.device)  # [T]
+        else:
+            positions = (valid.cumsum(1) - 1).clamp_min(0)[:, past:]  # [B, T]
+        mask = _attention_mask(T, past, valid, tokens.device)
+        x = self.tok_embeddings(tokens)  # [B, T, C]
+        rope = rope_table(self.config, positions, x.dtype)
+        for index, block in enumerate(self.layers):
+            prompt = prompts[index] if prompts is not None else None
+            x = x + block.attention(block.attention_norm(x), index, rope, mask, cache, prompt)
+            x = x + block.feed_forward(block.ffn_norm(x))
+        if cache is not None:
+            cache.length += T
+        return self.norm(x)
+
+
+def _attention_mask(new: int, past: int, valid: Tensor | None, device: torch.device) -> Tensor | None:
+    """True where query t may look at key s, [1 or B, 1, T, S]; None where plain causal attention says the same."""
+    if valid is None and (past == 0 or new == 1):
+        return None
+    keys = torch.arange(past + new, device=device)  # [S]
+    queries = torch.arange(past, past + new, device=device)  # [T]
+    mask = (keys <= queries[:, None])[None, None]  # [1, 1, T, S]
+    if valid is not None:
+        # A padding query sees itself: a softmax over nothing would be NaN, and NaN would spread.
+        mask = mask & valid[:, None, None, :] | (keys == queries[:, None])  # [B, 1, T, S]
+    return mask

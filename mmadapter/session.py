@@ -1,0 +1,381 @@
+"""One loaded model for every use: logits, captions, answers, chat.
+
+A `Session` holds the base, the tokenizer, the adapter in use and its image encoder. Switching adapters leaves the base
+where it is. Image features are kept for the last images, so that many questions about one image encode it once.
+
+Shapes: B batch, T tokens, C width, V vocabulary, F width of the image features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from threading import Event
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmadapter import generate as decoding
+from mmadapter.adapter import Adapter, Prompts
+from mmadapter.checkpoint import AdapterFile, Fingerprint, load_adapter
+from mmadapter.config import VisionConfig
+from mmadapter.generate import Generated, Sampling
+from mmadapter.image import ImageSource, load_image
+from mmadapter.llama import Llama
+from mmadapter.prompts import CAPTION_INSTRUCTION, question_text, template
+from mmadapter.tokenizer import Tokenizer
+from mmadapter.vision import ImageEncoder, load_encoder
+from mmadapter.weights import load_state_dict, open_weights
+
+KEPT_IMAGES = 64  # images whose features a session keeps
+
+
+class Choice(NamedTuple):
+    """An answer out of given choices.
+
+    Attributes:
+        text: The choice.
+        index: Its place in the list.
+        probabilities: Of each choice, summing to 1.
+    """
+
+    text: str
+    index: int
+    probabilities: list[float]
+
+
+def load(
+    llama: str = "smollm2-135m",
+    adapter: str | Path | None = None,
+    vision: str | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    *,
+    prompt_length: int = 10,
+    gate: str = "tanh",
+) -> Session:
+    """Loads a base model and, if wanted, an adapter with its image encoder.
+
+    Args:
+        llama: Spec of the base (DESIGN, section 4): a store name, `hf:ORG/NAME`, a folder or a file.
+        adapter: Name, folder or file of an adapter; None is the base model alone.
+        vision: Spec of the image encoder, in place of the one that the adapter names.
+        device: Such as "cpu", "cuda", "cuda:1".
+        dtype: "float32" or "bfloat16", of base and encoder.
+        prompt_length: K of an official LLaMA-Adapter `.pth`, which does not name it.
+        gate: Gate variant of such a file: "tanh", "identity" or "scalar".
+
+    Raises:
+        FileNotFoundError: A file, folder or adapter is not there.
+        ValueError: Weights are damaged or do not fit together, or an argument is out of range.
+        ConnectionError: Weights have to be fetched and there is no network.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f'dtype must be "float32" or "bfloat16", got {dtype!r}')
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    weights = open_weights(llama)
+    state = load_state_dict(weights, getattr(torch, dtype))
+    model = Llama.from_state_dict(weights.config, state).to(place)
+    session = Session(model, weights.tokenizer(), spec=llama, vision=vision, prompt_length=prompt_length, gate=gate)
+    session.adapter(adapter)
+    return session
+
+
+class Session:
+    """See the module; `load` makes one.
+
+    Attributes:
+        strength: Factor on the gates: 0 is the base model, 1 the adapter as trained.
+        adapter_name: Of the adapter in use, None for the base model.
+        about: The metadata of that adapter, None for the base model.
+    """
+
+    def __init__(
+        self,
+        llama: Llama,
+        tokenizer: Tokenizer | None = None,
+        *,
+        spec: str = "",
+        vision: str | None = None,
+        prompt_length: int = 10,
+        gate: str = "tanh",
+    ) -> None:
+        self.llama, self.spec = llama, spec
+        self._tokenizer = tokenizer
+        self.fingerprint = Fingerprint.of(llama.config, tokenizer.tokens() if tokenizer is not None else None)
+        self.strength = 1.0
+        self.adapter_name: str | None = None
+        self.about: AdapterFile | None = None
+        self._adapter: Adapter | None = None
+        self._encoder: ImageEncoder | None = None
+        self._vision, self._prompt_length, self._gate = vision, prompt_length, gate
+        self._features: OrderedDict[tuple[VisionConfig, bytes], Tensor] = OrderedDict()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises:
+        ValueError: The base came without a tokenizer.
+        """
+        if self._tokenizer is None:
+            raise ValueError(f"{self.spec} has no tokenizer, so it takes token ids only (Session.logits)")
+        return self._tokenizer
+
+    def adapter(self, name: str | Path | None) -> None:
+        """Switches to another adapter, or with None to the base model; the base stays loaded.
+
+        Raises:
+            FileNotFoundError, ValueError, ConnectionError: As `load`; the adapter in use then stays.
+        """
+        if name is None:
+            self._adapter = self._encoder = self.about = self.adapter_name = None
+            return
+        adapter, about = load_adapter(
+            name, self.llama.config, self.fingerprint, prompt_length=self._prompt_length, gate=self._gate
+        )
+        encoder = None
+        if about.vision is not None:
+            vision = dataclasses.replace(about.vision, encoder=self._vision or about.vision.encoder)
+            encoder = self._encoder if self._encoder is not None and self._encoder.config == vision else None
+            encoder = encoder or load_encoder(vision, dtype=self.llama.dtype, device=self.llama.device)
+            trained = len(adapter.projection.feature_mean)
+            if sum(encoder.widths) != trained:
+                raise ValueError(
+                    f"adapter {name} was trained on {trained} image features of {about.vision.encoder}; "
+                    f"{vision.encoder} gives {sum(encoder.widths)}"
+                )
+        self._adapter, self._encoder = adapter.to(self.llama.device), encoder
+        self.about, self.adapter_name = about, str(name)
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Tensor, images: Sequence[ImageSource | None] | ImageSource | None = None) -> Tensor:
+        """Next-token logits.
+
+        Args:
+            token_ids: [B, T].
+            images: One for each row, None for a row without; or one image where B is 1.
+
+        Returns:
+            float32 [B, T, V].
+
+        Raises:
+            ValueError: The ids are not [B, T] or outside the vocabulary, or the images are not one a row.
+        """
+        if token_ids.ndim != 2:
+            raise ValueError(f"token_ids must be [B, T], got shape {tuple(token_ids.shape)}")
+        if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < self.llama.config.vocab_size:
+            raise ValueError(f"token ids must be from 0 to {self.llama.config.vocab_size - 1}")
+        rows = images if isinstance(images, (list, tuple)) else [images] * (1 if images is not None else len(token_ids))
+        if len(rows) != len(token_ids):
+            raise ValueError(f"{len(token_ids)} rows of tokens need as many images (None for none), got {len(rows)}")
+        prompts = self.prompts(rows)
+        return self.llama(token_ids.to(self.llama.device), prompts=prompts)
+
+    @torch.inference_mode()
+    def prompts(self, images: Sequence[ImageSource | None]) -> Prompts | None:
+        """Adaption prompts for a batch, one row for each entry; without any image one row that all share.
+
+        Raises:
+            ValueError: There is an image and no adapter that sees.
+        """
+        if self._adapter is None:
+            if any(image is not None for image in images):
+                raise ValueError("the base model alone cannot see; load an adapter with an image encoder (caption)")
+            return None
+        if all(image is None for image in images):
+            return self._adapter.prompts(self.llama, strength=self.strength)
+        if self._encoder is None:
+            raise ValueError(f"adapter {self.adapter_name} was trained without images; load one that sees (caption)")
+        seen = self.features([image for image in images if image is not None])
+        has_image = torch.tensor([image is not None for image in images], device=self.llama.device)
+        features = torch.zeros(len(images), seen.shape[1], device=self.llama.device)
+        features[has_image] = seen
+        return self._adapter.prompts(self.llama, features, has_image=has_image, strength=self.strength)
+
+    @torch.inference_mode()
+    def features(self, images: Sequence[ImageSource]) -> Tensor:
+        """Image features, float32 [B, F]; those of images seen lately are not computed again."""
+        photos = [load_image(image) for image in images]
+        keys = [(self._encoder.config, _image_key(photo)) for photo in photos]
+        missing = {key: photo for key, photo in zip(keys, photos, strict=True) if key not in self._features}
+        found = {key: self._features[key] for key in keys if key in self._features}
+        if missing:
+            found |= dict(zip(missing, self._encoder.features_of(list(missing.values())), strict=True))
+        for key in keys:
+            self._features[key] = found[key]
+            self._features.move_to_end(key)
+        while len(self._features) > KEPT_IMAGES:
+            self._features.popitem(last=False)
+        return torch.stack([found[key] for key in keys])
+
+    def caption(
+        self,
+        images: Sequence[ImageSource] | ImageSource,
+        *,
+        batch_size: int = 32,
+        progress: bool = False,
+        examples: Sequence[str] = (),
+        **settings: object,
+    ) -> list[str]:
+        """Captions one image or many.
+
+        Args:
+            images: A path, PIL image, array or bytes, or a list of them.
+            batch_size: Images at a time.
+            progress: Shows a bar on standard error.
+            examples: Captions put before the question, for a base model that learns in context.
+            **settings: Fields of `generate.Sampling`; None or absent takes the adapter's default.
+
+        Raises:
+            FileNotFoundError, ValueError: An image cannot be read, or no adapter that sees is loaded.
+        """
+        from tqdm import tqdm
+
+        many = list(images) if isinstance(images, (list, tuple)) else [images]
+        form = template(self.about.template if self.about is not None else "plain")
+        question = form.render(CAPTION_INSTRUCTION)
+        shots = "".join(f"{question}{form.separator}{example}\n" for example in examples)
+        tokens = self.tokenizer.encode(shots + question)
+        sampling = self.sampling("caption", settings)
+        captions: list[str] = []
+        with tqdm(total=len(many), unit="image", disable=not progress) as bar:
+            for start in range(0, len(many), batch_size):
+                batch = many[start : start + batch_size]
+                sees = self._adapter is not None
+                prompts = self.prompts(batch) if sees else None
+                captions += [answer.text.strip() for answer in self.generate([tokens] * len(batch), sampling, prompts)]
+                bar.update(len(batch))
+        return captions
+
+    def answer(
+        self,
+        image: ImageSource | None,
+        question: str,
+        choices: Sequence[str] | None = None,
+        **settings: object,
+    ) -> str | Choice:
+        """Answers a question about an image, or without one.
+
+        Args:
+            choices: Possible answers; the likeliest one is taken, by its mean log-probability a token.
+            **settings: Fields of `generate.Sampling`; absent ones take the adapter's default.
+
+        Returns:
+            The text; with choices a `Choice`.
+
+        Raises:
+            ValueError: The question is empty, or there is only one choice.
+        """
+        if not question.strip():
+            raise ValueError("the question is empty")
+        form = template(self.about.template if self.about is not None else "plain")
+        prompts = self.prompts([image])
+        if choices is None:
+            tokens = self.tokenizer.encode(form.render(question_text(question)))
+            return self.generate([tokens], self.sampling("answer", settings), prompts)[0].text.strip()
+        if len(choices) < 2:
+            raise ValueError(f"choices must be two or more, got {len(choices)}")
+        tokens = self.tokenizer.encode(form.render(question_text(question, choices)))
+        endings = [self.tokenizer.encode((form.separator or " ") + choice, bos=False) for choice in choices]
+        means = self._log_likelihoods(tokens, endings, prompts)
+        probabilities = torch.softmax(means, dim=0).tolist()
+        index = int(means.argmax())
+        return Choice(choices[index], index, probabilities)
+
+    @torch.inference_mode()
+    def _log_likelihoods(self, tokens: list[int], endings: list[list[int]], prompts: Prompts | None) -> Tensor:
+        """Mean log-probability a token of each ending after `tokens`, [number of endings]."""
+        longest = max(len(ending) for ending in endings)
+        rows = torch.tensor([tokens + ending + [0] * (longest - len(ending)) for ending in endings])
+        hidden = self.llama.hidden(rows.to(self.llama.device), prompts=prompts)
+        log_probabilities = self.llama.logits(hidden[:, len(tokens) - 1 : -1]).log_softmax(-1)  # [choices, longest, V]
+        return torch.stack(
+            [
+                log_probabilities[row, torch.arange(len(ending)), torch.tensor(ending)].mean()
+                for row, ending in enumerate(endings)
+            ]
+        )
+
+    def chat(
+        self,
+        messages: str | Sequence[dict],
+        image: ImageSource | None = None,
+        stream: bool = False,
+        cancelled: Event | None = None,
+        **settings: object,
+    ) -> str | Iterator[str]:
+        """Continues a conversation.
+
+        Without an adapter, the model's own chat template is used where it has one. An adapter is asked in the template it
+        was trained with: the last message is the instruction and earlier ones are its input.
+
+        Args:
+            messages: One text, or `{"role": ..., "content": ...}` in order, the last from the user.
+            image: What the conversation is about.
+            stream: Gives an iterator of text pieces instead of the text.
+            cancelled: Set from another thread to stop.
+            **settings: Fields of `generate.Sampling`; absent ones take the adapter's default.
+
+        Raises:
+            ValueError: There is no message, or the last one is not the user's.
+        """
+        tokens = self.chat_tokens(messages)
+        prompts = self.prompts([image])
+        sampling = self.sampling("chat", settings)
+        if stream:
+            return decoding.stream(self.llama, self.tokenizer, tokens, sampling, prompts, cancelled)
+        return self.generate([tokens], sampling, prompts, cancelled)[0].text.strip()
+
+    def chat_tokens(self, messages: str | Sequence[dict]) -> list[int]:
+        """The prompt of a conversation, as `chat` gives it to the model."""
+        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        if not turns or turns[-1].get("role") != "user" or not str(turns[-1].get("content", "")).strip():
+            raise ValueError("a conversation must end with a message of the user that is not empty")
+        if self._adapter is None and self.tokenizer.chat_template is not None:
+            return self.tokenizer.encode(self.tokenizer.render_chat(turns), bos=False, special=True)
+        form = template(self.about.template if self.about is not None else "alpaca")
+        earlier = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns[:-1])
+        return self.tokenizer.encode(form.render(turns[-1]["content"], earlier))
+
+    def generate(
+        self,
+        rows: Sequence[Sequence[int]],
+        sampling: Sampling,
+        prompts: Prompts | None = None,
+        cancelled: Event | None = None,
+    ) -> list[Generated]:
+        """Answers a batch of token rows; see `generate.generate`."""
+        return decoding.generate(self.llama, self.tokenizer, rows, sampling, prompts, cancelled)
+
+    def sampling(self, task: str, settings: dict[str, object]) -> Sampling:
+        """Decoding settings: those given, then the adapter's own, then the task's.
+
+        Raises:
+            ValueError: An unknown setting, or one out of range.
+        """
+        defaults = {
+            "caption": {"max_new_tokens": 30, "stop": ("\n",)},
+            "answer": {"max_new_tokens": 30, "stop": ("\n",)},
+            "chat": {"max_new_tokens": 256, "temperature": 0.1, "top_p": 0.75},  # PAPER: decoding of instructions
+        }[task]
+        own = self.about.generation if self.about is not None and self.about.task == task else {}
+        given = {key: value for key, value in settings.items() if value is not None}
+        fields = {field.name for field in dataclasses.fields(Sampling)}
+        if given.keys() - fields:
+            raise ValueError(
+                f"unknown {', '.join(sorted(given.keys() - fields))}; there are {', '.join(sorted(fields))}"
+            )
+        if given.get("temperature") and "beams" not in given:
+            own = {**own, "beams": 1}  # who asks for a temperature wants to sample
+        return Sampling(**(defaults | own | given))
+
+
+def _image_key(photo) -> bytes:
+    return hashlib.sha256(repr(photo.size).encode() + photo.tobytes()).digest()

@@ -1,0 +1,256 @@
+"""The training loop: adapter in float32 over a frozen base, checkpoints, log, progress.
+
+A run folder holds `run.json` (the resolved settings), `log.jsonl`, `checkpoint.pt` (to resume from) and, at the end,
+`adapter.safetensors`. Everything random at a step is a function of the seed and the step, so a resumed run takes the
+very steps an uninterrupted one would have taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mmadapter.adapter import Adapter
+from mmadapter.checkpoint import Fingerprint
+from mmadapter.config import AdapterConfig, LlamaConfig
+from mmadapter.data import Batch, Example, collate, length_batches
+from mmadapter.llama import Llama
+from mmadapter.model import AdaptedLlama, target_count
+from mmadapter.tokenizer import Tokenizer
+from mmadapter.vision import ImageProjection
+from mmadapter.weights import load_state_dict, open_weights
+from training.config import RunConfig
+
+Features = Callable[[Tensor, torch.Generator | None], Tensor]  # rows [B] (and a generator in training) -> [B, F]
+
+
+@dataclass(frozen=True)
+class Base:
+    """The frozen base of a run, with what goes with it."""
+
+    llama: Llama
+    tokenizer: Tokenizer
+    fingerprint: Fingerprint
+
+    @property
+    def config(self) -> LlamaConfig:
+        return self.llama.config
+
+    def with_adapter(self, run: RunConfig, projection: ImageProjection | None) -> AdaptedLlama:
+        """A fresh adapter on this base; its prompts are drawn by the run's seed."""
+        torch.manual_seed(run.seed)
+        config = AdapterConfig(run.layers, run.prompt_length, run.gate, run.prompt_std)
+        adapter = Adapter(config, width=self.config.width, heads=self.config.heads, projection=projection)
+        return AdaptedLlama(self.llama, adapter)
+
+
+def open_base(run: RunConfig) -> Base:
+    """Loads the base of a run.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: See `weights.open_weights`; or the base has no tokenizer.
+    """
+    weights = open_weights(run.llama)
+    tokenizer = weights.tokenizer()
+    if tokenizer is None:
+        raise FileNotFoundError(f"{weights.path} has no tokenizer, and training needs one")
+    llama = Llama.from_state_dict(weights.config, load_state_dict(weights, getattr(torch, run.dtype)))
+    return Base(llama, tokenizer, Fingerprint.of(weights.config, tokenizer.tokens()))
+
+
+def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
+    """Linear warm-up, then half a cosine to zero (PAPER: per iteration)."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def make_optimizer(adapter: Adapter, config: RunConfig) -> torch.optim.AdamW:
+    """AdamW over the adapter's parameters; only the projection's matrices are decayed."""
+    gates = [adapter.gate]
+    matrices = [p for name, p in adapter.named_parameters() if name.startswith("projection.") and p.ndim > 1]
+    others = [p for p in adapter.parameters() if not any(p is q for q in gates + matrices)]
+    groups = [
+        {"params": others, "peak": config.lr, "weight_decay": 0.0},
+        {"params": gates, "peak": config.gate_lr, "weight_decay": 0.0},
+        {"params": matrices, "peak": config.lr, "weight_decay": config.weight_decay},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2))
+
+
+def batches_from(examples: Sequence[Example], config: RunConfig, step: int) -> Iterator[list[Example]]:
+    """Endless batches, starting with the one that step `step` takes."""
+    lengths = [len(example.tokens) for example in examples]
+    per_epoch = -(-len(examples) // config.batch_size)
+    epoch, skip = divmod(step, per_epoch)
+    while True:
+        generator = torch.Generator().manual_seed(hash((config.seed, epoch)) % 2**63)
+        for rows in length_batches(lengths, config.batch_size, generator)[skip:]:
+            yield [examples[row] for row in rows]
+        epoch, skip = epoch + 1, 0
+
+
+class Trainer:
+    """One run. `train()` starts or resumes it.
+
+    Args:
+        model: Base and adapter.
+        config: The run.
+        folder: Where checkpoint and log are kept.
+        features: Image features of a batch's rows; None for a text task.
+        record: Facts for the first line of the log (data hash, versions ...).
+    """
+
+    def __init__(
+        self,
+        model: AdaptedLlama,
+        config: RunConfig,
+        folder: Path,
+        *,
+        train: Sequence[Example],
+        validation: Sequence[Example],
+        features: Features | None = None,
+        record: dict | None = None,
+    ) -> None:
+        self.model, self.config, self.folder = model, config, folder
+        self.train_examples = train
+        self.validation_examples = validation[:: max(1, len(validation) // config.validation_rows)]
+        self.features = features
+        self.record = record or {}
+        self.optimizer = make_optimizer(model.adapter, config)
+        self.mean = {name: p.detach().clone() for name, p in model.adapter.named_parameters()} if config.ema else {}
+        self.step = 0
+        self.best: float | None = None
+
+    def train(self) -> float:
+        """Trains to the last step and returns the validation loss of the weights that are kept."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._resume()
+        settings = dataclasses.asdict(self.config)
+        self._log({"event": "start", "step": self.step, "config": settings, **self.record})
+        if self.step == 0:
+            self._validate()
+        batches = batches_from(self.train_examples, self.config, self.step)
+        started, tokens, losses = time.perf_counter(), 0, []
+        with tqdm(total=self.config.steps, initial=self.step, unit="step", dynamic_ncols=True) as bar:
+            while self.step < self.config.steps:
+                examples = next(batches)
+                losses.append(self._step(collate(examples)))
+                tokens += sum(len(example.tokens) for example in examples)
+                rate = tokens / (time.perf_counter() - started)
+                bar.set_postfix_str(f"loss {losses[-1]:.3f}, {rate:.0f} tokens/s")
+                bar.update()
+                if self.step % 10 == 0:
+                    lr = self.optimizer.param_groups[0]["lr"]
+                    self._log({"step": self.step, "loss": sum(losses) / len(losses), "lr": lr, "tokens_per_s": rate})
+                    losses.clear()
+                if self.step % self.config.eval_every == 0 and self.step < self.config.steps:
+                    self._validate()
+                if self.step % self.config.save_every == 0:
+                    self._save()
+        loss = self._validate()
+        self._save()
+        return loss
+
+    def kept_state(self) -> dict[str, Tensor]:
+        """The adapter's state dict with the weights that are validated and shipped (the running mean, if there is)."""
+        return self.model.adapter.state_dict() | self.mean
+
+    def _step(self, batch: Batch) -> float:
+        """One optimiser step; returns the mean loss a target."""
+        config = self.config
+        seed = hash((config.seed, self.step)) % 2**63
+        torch.manual_seed(seed)
+        self.model.train()
+        features, has_image = self._batch_features(batch, torch.Generator().manual_seed(seed))
+        targets = target_count(batch.labels)
+        loss = self.model(batch.tokens, batch.labels, features, has_image, config.label_smoothing) / targets
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.step}; the last good checkpoint is in {self.folder}; "
+                "try a lower --lr or --clip"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if config.clip:
+            torch.nn.utils.clip_grad_norm_(self.model.adapter.parameters(), config.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, group["peak"], config.warmup, config.steps)
+        self.optimizer.step()
+        self.step += 1
+        with torch.no_grad():
+            decay = min(config.ema, self.step / (self.step + 10))
+            for name, parameter in self.model.adapter.named_parameters() if config.ema else ():
+                self.mean[name].lerp_(parameter, 1 - decay)
+        return loss.item()
+
+    def _batch_features(self, batch: Batch, generator: torch.Generator | None) -> tuple[Tensor | None, Tensor | None]:
+        has_image = batch.images >= 0
+        if self.features is None or not has_image.any():
+            return None, None
+        features = self.features(batch.images.clamp_min(0), generator)
+        return features, None if has_image.all() else has_image
+
+    @torch.no_grad()
+    def _validate(self) -> float:
+        """Mean loss a target over the validation rows, with the weights that would be kept."""
+        self.model.eval()
+        adapter = self.model.adapter
+        trained = {name: p.detach().clone() for name, p in adapter.named_parameters()}
+        adapter.load_state_dict(self.kept_state())
+        total, targets = 0.0, 0
+        order = sorted(range(len(self.validation_examples)), key=lambda i: len(self.validation_examples[i].tokens))
+        for start in tqdm(range(0, len(order), 64), desc="validation", unit="batch", leave=False):
+            batch = collate([self.validation_examples[i] for i in order[start : start + 64]])
+            features, has_image = self._batch_features(batch, None)
+            total += self.model(batch.tokens, batch.labels, features, has_image).item()
+            targets += target_count(batch.labels)
+        adapter.load_state_dict(adapter.state_dict() | trained)
+        loss = total / targets
+        self.best = loss if self.best is None else min(self.best, loss)
+        gate = adapter.gate_values().abs().mean().item()
+        self._log({"step": self.step, "val_loss": loss, "mean_abs_gate": gate})
+        tqdm.write(f"step {self.step}: validation loss {loss:.4f}, mean |gate| {gate:.3f}")
+        return loss
+
+    def _log(self, line: dict) -> None:
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line | {"time": round(time.time(), 1)}) + "\n")
+
+    def _save(self) -> None:
+        state = {
+            "step": self.step,
+            "best": self.best,
+            "config": dataclasses.asdict(self.config),
+            "adapter": self.model.adapter.state_dict(),
+            "mean": self.mean,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        temporary = self.folder / f"checkpoint.{os.getpid()}.tmp"
+        torch.save(state, temporary)
+        os.replace(temporary, self.folder / "checkpoint.pt")
+
+    def _resume(self) -> None:
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            return
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        settings = dataclasses.asdict(self.config)
+        changed = [key for key in settings if key != "steps" and settings[key] != state["config"].get(key)]
+        if changed:
+            raise ValueError(
+                f"{path} was made with another {', '.join(changed)}; choose another --out, or the settings it has"
+            )
+        self.model.adapter.load_state_dict(state["adapter"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.mean, self.step, self.best = state["mean"], state["step"], state["best"]
