@@ -115,16 +115,24 @@ class Sampler:
     Args:
         rows: Prompt tokens of each row.
         prompts: Adaption prompts of the batch, of batch size 1 or len(rows).
+        seeds: Where each row's stream of random numbers starts; None is `sampling.seed` for all, so that a row draws
+            the same tokens in any batch.
     """
 
     def __init__(
-        self, llama: Llama, rows: Sequence[Sequence[int]], sampling: Sampling, prompts: Prompts | None = None
+        self,
+        llama: Llama,
+        rows: Sequence[Sequence[int]],
+        sampling: Sampling,
+        prompts: Prompts | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> None:
         self.llama, self.sampling, self.prompts = llama, sampling, prompts
         self.active = list(range(len(rows)))
         self.cache, self.valid, self.logits = prefill(llama, rows, sampling.max_new_tokens, prompts)
         self.seen = [sorted(set(row)) for row in rows] if sampling.repetition_penalty != 1 else []
-        self.generators = [torch.Generator(llama.device).manual_seed(sampling.seed) for _ in rows]
+        seeds = [sampling.seed] * len(rows) if seeds is None else seeds
+        self.generators = [torch.Generator(llama.device).manual_seed(seed) for seed in seeds]
         self.last: Tensor | None = None
 
     def step(self) -> dict[int, int]:

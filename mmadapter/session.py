@@ -26,6 +26,7 @@ from mmadapter.config import VisionConfig
 from mmadapter.generate import Generated, Sampling
 from mmadapter.image import ImageSource, load_image
 from mmadapter.llama import Llama
+from mmadapter.memory import keep_freed_memory
 from mmadapter.prompts import CAPTION_INSTRUCTION, question_text, template
 from mmadapter.tokenizer import Tokenizer
 from mmadapter.vision import ImageEncoder, load_encoder
@@ -81,6 +82,7 @@ def load(
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    keep_freed_memory()
     weights = open_weights(llama)
     state = load_state_dict(weights, getattr(torch, dtype))
     model = Llama.from_state_dict(weights.config, state).to(place)
@@ -313,8 +315,8 @@ class Session:
     ) -> str | Iterator[str]:
         """Continues a conversation.
 
-        Without an adapter, the model's own chat template is used where it has one. An adapter is asked in the template it
-        was trained with: the last message is the instruction and earlier ones are its input.
+        Without an adapter, the model's own chat template is used where it has one. An adapter is asked in the template
+        it was trained with: the last message is the instruction and earlier ones are its input.
 
         Args:
             messages: One text, or `{"role": ..., "content": ...}` in order, the last from the user.

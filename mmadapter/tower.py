@@ -201,9 +201,7 @@ def _load_timm(name: str, file: str, image_size: int, random_weights: bool) -> T
         state = {key: tensor for key, tensor in _read_file(file).items() if not key.startswith(dropped)}
         _load_state(trunk, state, file, name)
     data = timm.data.resolve_model_data_config(trunk)
-    size = image_size or data["input_size"][-1]
-    if size != data["input_size"][-1] and hasattr(trunk, "set_input_size"):
-        _resized(trunk.set_input_size, name, size)
+    size = _resize_timm(trunk, name, data["input_size"][-1], image_size)
     return Tower(trunk, mean=data["mean"], std=data["std"], image_size=size)
 
 
@@ -217,7 +215,10 @@ def _load_open_clip(name: str, file: str, image_size: int, random_weights: bool)
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag and tag not in tags:
         raise ValueError(f"open_clip has no weights {tag!r} for {name}; it has {', '.join(tags) or 'none'}")
-    arguments = {"force_image_size": image_size or None, "pretrained_image": False, "pretrained_text": False}
+    arguments = {"pretrained_image": False, "pretrained_text": False}
+    wraps_timm = "timm_model_name" in open_clip.get_model_config(name)["vision_cfg"]
+    if image_size and not wraps_timm:
+        arguments["force_image_size"] = image_size
     state = None
     if tag and not random_weights:
         about = open_clip.get_pretrained_cfg(name, tag)
@@ -244,17 +245,12 @@ def _load_open_clip(name: str, file: str, image_size: int, random_weights: bool)
         open_clip.model.resize_pos_embed(state, model)
         visual = {key[len("visual.") :]: tensor for key, tensor in state.items() if key.startswith("visual.")}
         _load_state(model.visual, visual, file, name)
-    visual = model.visual
-    about = open_clip.get_model_preprocess_cfg(model)
+    visual, about = model.visual, open_clip.get_model_preprocess_cfg(model)
     size = about["size"] if isinstance(about["size"], int) else about["size"][-1]
-    wrapped = hasattr(visual, "trunk")
-    return Tower(
-        visual.trunk if wrapped else visual,
-        head=visual.head if wrapped else None,
-        mean=about["mean"],
-        std=about["std"],
-        image_size=size,
-    )
+    if not wraps_timm:
+        return Tower(visual, mean=about["mean"], std=about["std"], image_size=size)
+    size = _resize_timm(visual.trunk, name, size, image_size)
+    return Tower(visual.trunk, head=visual.head, mean=about["mean"], std=about["std"], image_size=size)
 
 
 def _read_file(file: str) -> dict[str, torch.Tensor]:
@@ -293,11 +289,16 @@ def _is_torchscript(file: str) -> bool:
         return any(member.endswith("/constants.pkl") for member in archive.namelist())
 
 
-def _resized(resize: Callable, name: str, size: int) -> None:
-    try:
-        resize(img_size=(size, size))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{name} cannot take images of {size} x {size} pixels: {_reason(error)}") from error
+def _resize_timm(trunk: nn.Module, name: str, own_size: int, size: int) -> int:
+    """Makes a timm model take images of `size` (0: its own size) and gives the size it takes."""
+    if size in (0, own_size):
+        return own_size
+    if hasattr(trunk, "set_input_size"):  # transformers; a convolutional network takes any size as it is
+        try:
+            trunk.set_input_size(img_size=(size, size))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{name} cannot take images of {size} x {size} pixels: {_reason(error)}") from error
+    return size
 
 
 def _cached(repository: str, files: Sequence[str]) -> str:

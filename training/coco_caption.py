@@ -28,8 +28,10 @@ from mmadapter.record import file_sha256, git_commit
 from mmadapter.tokenizer import Tokenizer
 from mmadapter.vision import ImageProjection, load_encoder
 from mmadapter.weights.store import cache_folder
+from training.cider import CiderD
 from training.config import add_overrides, overrides_of, read_config
 from training.engine import Features, Trainer, open_base
+from training.self_critical import SelfCritical
 
 
 def caption_text(raw: str) -> str:
@@ -144,6 +146,12 @@ def run(arguments: argparse.Namespace) -> int:
     projection.set_statistics(train_features[0].float())
     train = caption_examples(train_images, base.tokenizer, config.template)
     validation = caption_examples(val_images, base.tokenizer, config.template, first_image=len(train_images))
+    objective = None
+    if config.objective == "cider":
+        train = list({example.image: example for example in train}.values())  # one row an image: which does not matter
+        question = base.tokenizer.encode(template(config.template).render(CAPTION_INSTRUCTION))
+        reward = CiderD([[caption_text(caption) for caption in image.captions] for image in train_images])
+        objective = SelfCritical(base.tokenizer, question, reward, samples=config.samples)
     trainer = Trainer(
         base.with_adapter(config, projection),
         config,
@@ -151,6 +159,7 @@ def run(arguments: argparse.Namespace) -> int:
         train=train,
         validation=validation,
         features=table,
+        objective=objective,
         record={"data": annotations.name, "data_hash": file_sha256(annotations), "git_commit": git_commit()},
     )
     loss = trainer.train()

@@ -31,6 +31,9 @@ class RunConfig:
         projection_width: Inner width of the MLP from image features to the image token.
         dropout: Dropout inside that MLP.
         feature_dropout: Dropout on the image features.
+        init: Adapter to start from, a name or a path; empty starts afresh.
+        objective: "likelihood" of the references, or "cider": self-critical training (training/self_critical.py).
+        samples: Captions drawn for each image in self-critical training.
         seed: Of everything random.
         batch_size: Rows a step.
         steps: Optimiser steps.
@@ -66,6 +69,9 @@ class RunConfig:
     projection_width: int = 576
     dropout: float = 0.0
     feature_dropout: float = 0.0
+    init: str = ""
+    objective: str = "likelihood"
+    samples: int = 4
     seed: int = 0
     batch_size: int = 48
     steps: int = 900
@@ -105,6 +111,8 @@ class RunConfig:
         for name in ("lr", "gate_lr", "weight_decay", "warmup", "clip"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.objective not in ("likelihood", "cider"):
+            raise ValueError(f"objective must be likelihood or cider, got {self.objective!r}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
 

@@ -21,10 +21,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmadapter.adapter import Adapter
-from mmadapter.checkpoint import Fingerprint
+from mmadapter.checkpoint import Fingerprint, load_adapter
 from mmadapter.config import AdapterConfig, LlamaConfig
 from mmadapter.data import Batch, Example, collate, length_batches
 from mmadapter.llama import Llama
+from mmadapter.memory import keep_freed_memory
 from mmadapter.model import AdaptedLlama, target_count
 from mmadapter.tokenizer import Tokenizer
 from mmadapter.vision import ImageProjection
@@ -32,6 +33,8 @@ from mmadapter.weights import load_state_dict, open_weights
 from training.config import RunConfig
 
 Features = Callable[[Tensor, torch.Generator | None], Tensor]  # rows [B] (and a generator in training) -> [B, F]
+# Model, batch, features [B, F], has_image [B] and a seed -> the loss to minimise, and figures for the log.
+Objective = Callable[[AdaptedLlama, Batch, Tensor | None, Tensor | None, int], tuple[Tensor, dict[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -47,19 +50,30 @@ class Base:
         return self.llama.config
 
     def with_adapter(self, run: RunConfig, projection: ImageProjection | None) -> AdaptedLlama:
-        """A fresh adapter on this base; its prompts are drawn by the run's seed."""
+        """The adapter that a run starts from, on this base: a fresh one, drawn by the run's seed, or that of `init`.
+
+        Raises:
+            ValueError, FileNotFoundError: `init` is no adapter of the run's shape.
+        """
         torch.manual_seed(run.seed)
         config = AdapterConfig(run.layers, run.prompt_length, run.gate, run.prompt_std)
         adapter = Adapter(config, width=self.config.width, heads=self.config.heads, projection=projection)
+        if run.init:
+            start, _ = load_adapter(run.init, self.config, self.fingerprint)
+            shapes = [{name: tensor.shape for name, tensor in side.state_dict().items()} for side in (start, adapter)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(f"adapter {run.init} has other sizes than this run file asks for")
+            adapter.load_state_dict(start.state_dict())
         return AdaptedLlama(self.llama, adapter)
 
 
 def open_base(run: RunConfig) -> Base:
-    """Loads the base of a run.
+    """Loads the base of a run, and lets the process keep the memory it frees (see `mmadapter.memory`).
 
     Raises:
         ValueError, FileNotFoundError, ConnectionError: See `weights.open_weights`; or the base has no tokenizer.
     """
+    keep_freed_memory()
     weights = open_weights(run.llama)
     tokenizer = weights.tokenizer()
     if tokenizer is None:
@@ -108,6 +122,7 @@ class Trainer:
         config: The run.
         folder: Where checkpoint and log are kept.
         features: Image features of a batch's rows; None for a text task.
+        objective: What is minimised; None is the mean cross-entropy a target token.
         record: Facts for the first line of the log (data hash, versions ...).
     """
 
@@ -120,12 +135,13 @@ class Trainer:
         train: Sequence[Example],
         validation: Sequence[Example],
         features: Features | None = None,
+        objective: Objective | None = None,
         record: dict | None = None,
     ) -> None:
         self.model, self.config, self.folder = model, config, folder
         self.train_examples = train
         self.validation_examples = validation[:: max(1, len(validation) // config.validation_rows)]
-        self.features = features
+        self.features, self.objective = features, objective or self._likelihood
         self.record = record or {}
         self.optimizer = make_optimizer(model.adapter, config)
         self.mean = {name: p.detach().clone() for name, p in model.adapter.named_parameters()} if config.ema else {}
@@ -141,19 +157,21 @@ class Trainer:
         if self.step == 0:
             self._validate()
         batches = batches_from(self.train_examples, self.config, self.step)
-        started, tokens, losses = time.perf_counter(), 0, []
+        started, tokens, recent = time.perf_counter(), 0, []
         with tqdm(total=self.config.steps, initial=self.step, unit="step", dynamic_ncols=True) as bar:
             while self.step < self.config.steps:
                 examples = next(batches)
-                losses.append(self._step(collate(examples)))
+                recent.append(self._step(collate(examples)))
                 tokens += sum(len(example.tokens) for example in examples)
                 rate = tokens / (time.perf_counter() - started)
-                bar.set_postfix_str(f"loss {losses[-1]:.3f}, {rate:.0f} tokens/s")
+                shown = ", ".join(f"{name} {value:.3f}" for name, value in recent[-1].items())
+                bar.set_postfix_str(f"{shown}, {rate:.0f} tokens/s")
                 bar.update()
                 if self.step % 10 == 0:
+                    means = {name: sum(line[name] for line in recent) / len(recent) for name in recent[0]}
                     lr = self.optimizer.param_groups[0]["lr"]
-                    self._log({"step": self.step, "loss": sum(losses) / len(losses), "lr": lr, "tokens_per_s": rate})
-                    losses.clear()
+                    self._log({"step": self.step, **means, "lr": lr, "tokens_per_s": rate})
+                    recent.clear()
                 if self.step % self.config.eval_every == 0 and self.step < self.config.steps:
                     self._validate()
                 if self.step % self.config.save_every == 0:
@@ -166,15 +184,14 @@ class Trainer:
         """The adapter's state dict with the weights that are validated and shipped (the running mean, if there is)."""
         return self.model.adapter.state_dict() | self.mean
 
-    def _step(self, batch: Batch) -> float:
-        """One optimiser step; returns the mean loss a target."""
+    def _step(self, batch: Batch) -> dict[str, float]:
+        """One optimiser step; returns the loss and the objective's other figures."""
         config = self.config
         seed = hash((config.seed, self.step)) % 2**63
         torch.manual_seed(seed)
         self.model.train()
         features, has_image = self._batch_features(batch, torch.Generator().manual_seed(seed))
-        targets = target_count(batch.labels)
-        loss = self.model(batch.tokens, batch.labels, features, has_image, config.label_smoothing) / targets
+        loss, figures = self.objective(self.model, batch, features, has_image, seed)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {self.step}; the last good checkpoint is in {self.folder}; "
@@ -192,7 +209,13 @@ class Trainer:
             decay = min(config.ema, self.step / (self.step + 10))
             for name, parameter in self.model.adapter.named_parameters() if config.ema else ():
                 self.mean[name].lerp_(parameter, 1 - decay)
-        return loss.item()
+        return {"loss": loss.item(), **figures}
+
+    def _likelihood(
+        self, model: AdaptedLlama, batch: Batch, features: Tensor | None, has_image: Tensor | None, seed: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        loss = model(batch.tokens, batch.labels, features, has_image, self.config.label_smoothing)
+        return loss / target_count(batch.labels), {}
 
     def _batch_features(self, batch: Batch, generator: torch.Generator | None) -> tuple[Tensor | None, Tensor | None]:
         has_image = batch.images >= 0
