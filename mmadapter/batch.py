@@ -9,16 +9,19 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
 
-from mmadapter.image import IMAGE_SUFFIXES, load_image
+from mmadapter.image import IMAGE_SUFFIXES, load_image, to_square
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from mmadapter.session import Session
+    from mmadapter.vision import ImageEncoder
+
+LINE_START = b'{"image": "'  # of every line that a run writes
 
 
 def find_images(paths: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -86,33 +89,36 @@ def caption_files(
         writer.fail(path, reason)
     if todo:
         session = load()
+        encoder = session.encoder
         with tqdm(total=len(todo), unit="image", disable=None) as bar, ThreadPoolExecutor(2) as pool:
-            for batch in _read_ahead(pool, todo, batch_size):
-                photos = {path: photo for path, photo in batch.items() if not isinstance(photo, str)}
+            for batch in _read_ahead(pool, encoder, todo, batch_size):
+                photos = [photo for photo in batch.values() if not isinstance(photo, str)]
+                captions = iter(session.caption(photos, batch_size=batch_size, **settings))
                 for path, photo in batch.items():
                     if isinstance(photo, str):
                         writer.fail(path, photo)
-                if photos:
-                    captions = session.caption(list(photos.values()), batch_size=batch_size, **settings)
-                    for path, caption in zip(photos, captions, strict=True):
-                        writer.caption(path, caption)
+                    else:
+                        writer.caption(path, next(captions))
                 bar.update(len(batch))
     return 1 if writer.failures else 0
 
 
-def _read_ahead(pool: ThreadPoolExecutor, paths: Sequence[str], batch_size: int) -> Iterator[dict[str, Image | str]]:
-    """Batches of decoded pictures, or of the reason why one could not be; the next batch is read during this one."""
+def _read_ahead(
+    pool: ThreadPoolExecutor, encoder: ImageEncoder, paths: Sequence[str], batch_size: int
+) -> Iterator[dict[str, Image | str]]:
+    """Batches of squares for the encoder, or of the reason why there is none; the next one is read during this one."""
     batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
-    ahead: list[Future] = [pool.submit(_load, path) for path in batches[0]]
+    ahead: list[Future] = [pool.submit(_load, encoder, path) for path in batches[0]]
     for index, batch in enumerate(batches):
         current = ahead
-        ahead = [pool.submit(_load, path) for path in batches[index + 1]] if index + 1 < len(batches) else []
+        ahead = [pool.submit(_load, encoder, path) for path in batches[index + 1]] if index + 1 < len(batches) else []
         yield {path: future.result() for path, future in zip(batch, current, strict=True)}
 
 
-def _load(path: str) -> Image | str:
+def _load(encoder: ImageEncoder, path: str) -> Image | str:
+    """The picture at the encoder's size: two batches of photos as they come from a camera would fill gigabytes."""
     try:
-        return load_image(path)
+        return to_square(load_image(path), encoder.image_size, encoder.config.resize)
     except (ValueError, OSError) as error:
         return " ".join(str(error).split())
 
@@ -124,20 +130,25 @@ class _Writer:
         self.out, self.failures = out, 0
 
     def caption(self, path: str, caption: str) -> None:
-        with tqdm.external_write_mode():
-            print(f"{path}\t{caption}", flush=True)
+        _print(f"{path}\t{caption}", sys.stdout)
         self._append({"image": path, "caption": caption})
 
     def fail(self, path: str, reason: str) -> None:
         self.failures += 1
-        with tqdm.external_write_mode(file=sys.stderr):
-            print(f"error: {path}: {reason.removeprefix(f'{path}: ')}", file=sys.stderr, flush=True)
+        _print(f"error: {path}: {reason.removeprefix(path).lstrip(': ')}", sys.stderr)
         self._append({"image": path, "error": reason})
 
     def _append(self, line: dict[str, str]) -> None:
         if self.out is not None:
-            with open(self.out, "a", encoding="utf-8") as file:
+            # A file name that is no UTF-8 holds lone surrogates; with a backslash they are what JSON writes for them.
+            with open(self.out, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _print(line: str, file: TextIO) -> None:
+    encoding = file.encoding or "utf-8"
+    with tqdm.external_write_mode(file=file):  # beside the progress bar; one odd file name must not end the run
+        print(line.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
 
 
 def _take_up(out: Path) -> set[str]:
@@ -149,27 +160,43 @@ def _take_up(out: Path) -> set[str]:
     """
     if not out.parent.is_dir():
         raise FileNotFoundError(f"the folder of {out} does not exist; make it first")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; --out takes a file")
     if not out.exists():
         out.touch()
+    if not out.is_file():  # such as /dev/null: it holds nothing, and must not be replaced by a file
         return set()
-    lines = out.read_text(encoding="utf-8").split("\n")
-    kept: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
+    content = out.read_bytes()
+    kept: dict[str, bytes] = {}
+    for number, line in enumerate(content.splitlines(keepends=True), 1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-            image = entry["image"]
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):  # without a newline behind it: the run was stopped while writing
+        except ValueError as error:
+            # The last line has no end and begins like ours: the run was stopped while writing it.
+            if not line.endswith(b"\n") and (line.startswith(LINE_START) or LINE_START.startswith(line)):
                 continue
-            raise ValueError(f"{out}, line {number}, is not a caption; choose another --out file") from error
+            raise _foreign(out, number) from error
+        known = isinstance(entry, dict) and isinstance(entry.get("image"), str)
+        if not known or not any(isinstance(entry.get(key), str) for key in ("caption", "error")):
+            raise _foreign(out, number)
         if isinstance(entry.get("caption"), str):
-            kept[image] = line
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+            kept[entry["image"]] = line.rstrip(b"\n") + b"\n"
+    repaired = b"".join(kept.values())
+    if repaired != content:
+        _replace(out.resolve(), repaired)
+    return set(kept)
+
+
+def _foreign(out: Path, number: int) -> ValueError:
+    return ValueError(f"{out}, line {number}, is not a caption; choose another --out file")
+
+
+def _replace(file: Path, content: bytes) -> None:
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text("".join(line + "\n" for line in kept.values()), encoding="utf-8")
-        os.replace(temporary, out)
+        temporary.write_bytes(content)
+        os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
-    return set(kept)

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
-from mmadapter.options import add_model_options, load_session, main_with_errors
+from mmadapter.options import add_model_options, load_session, main_with_errors, resolve_dtype
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from mmadapter.session import Session
 
 EXAMPLE = """\
 Examples:
@@ -18,13 +25,20 @@ Examples:
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """Misuse is one line on standard error, as every other error; argparse would put all options before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     return main_with_errors(lambda: arguments.run(arguments), arguments.debug)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mmadapter",
         description=f"{EXAMPLE}\nA language model that sees.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -74,7 +88,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands, name: str, summary: str, example: str, run) -> argparse.ArgumentParser:
+def _command(
+    commands: argparse._SubParsersAction,
+    name: str,
+    summary: str,
+    example: str,
+    run: Callable[[argparse.Namespace], int],
+) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
         help=summary,
@@ -90,19 +110,28 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("decoding (default: the adapter's own settings)")
     group.add_argument("--max-new-tokens", type=_positive, metavar="N")
     group.add_argument("--beams", type=_positive, metavar="N", help="1 is no beam search")
-    group.add_argument("--length-penalty", type=float, metavar="X")
-    group.add_argument("--temperature", type=float, metavar="X", help="0 takes the likeliest token")
-    group.add_argument("--top-p", type=float, metavar="X")
+    group.add_argument("--length-penalty", type=_number, metavar="X")
+    group.add_argument("--temperature", type=_number, metavar="X", help="0 takes the likeliest token")
+    group.add_argument("--top-p", type=_number, metavar="X")
     group.add_argument("--top-k", type=int, metavar="N")
-    group.add_argument("--repetition-penalty", type=float, metavar="X")
+    group.add_argument("--repetition-penalty", type=_number, metavar="X")
     group.add_argument("--seed", type=int, metavar="N")
-    group.add_argument("--strength", type=float, default=1.0, metavar="X", help="factor on the adapter's gates")
+    group.add_argument("--strength", type=_number, default=1.0, metavar="X", help="factor on the adapter's gates")
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}")
     return value
 
 
@@ -111,7 +140,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, object]:
     return {name: getattr(arguments, name) for name in names}
 
 
-def _session(arguments: argparse.Namespace, default_adapter: str | None):
+def _session(arguments: argparse.Namespace, default_adapter: str | None) -> Session:
     if arguments.adapter is None:
         arguments.adapter = default_adapter
     session = load_session(arguments)
@@ -169,12 +198,12 @@ def run_chat(arguments: argparse.Namespace) -> int:
         messages.append({"role": "assistant", "content": _turn(session, messages, image, arguments)})
 
 
-def _turn(session, messages: list[dict], image, arguments: argparse.Namespace) -> str:
+def _turn(session: Session, messages: list[dict], image: Image | None, arguments: argparse.Namespace) -> str:
     """Prints the answer as it comes and returns it; Ctrl-C keeps what has come."""
     pieces: list[str] = []
     settings = _settings(arguments)
     try:
-        if (settings["beams"] or 1) > 1:
+        if session.sampling("chat", settings).beams > 1:  # decided on the whole text, so it comes at once
             pieces.append(session.chat(messages, image, **settings))
             print(pieces[0], end="", flush=True)
         else:
@@ -207,5 +236,15 @@ def run_weights(arguments: argparse.Namespace) -> int:
 def run_info(arguments: argparse.Namespace) -> int:
     from mmadapter.info import describe
 
-    print(describe(arguments))
+    print(
+        describe(
+            arguments.llama,
+            None if arguments.adapter == "none" else arguments.adapter,
+            dtype=str(resolve_dtype(arguments.dtype, arguments.device)).removeprefix("torch."),
+            layers=arguments.layers,
+            prompt_length=arguments.prompt_length,
+            gate=arguments.gate,
+            batch_tokens=arguments.batch_tokens,
+        )
+    )
     return 0

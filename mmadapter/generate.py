@@ -8,7 +8,7 @@ Shapes: B rows, W beams a row, T prompt tokens of the longest row, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from threading import Event
@@ -21,6 +21,8 @@ from mmadapter.adapter import Prompts, select_prompts
 from mmadapter.llama import KVCache, Llama
 from mmadapter.tokenizer import StreamDecoder, Tokenizer
 
+MIN_TEMPERATURE = 1e-30  # what a lower one counts as: it must not be 0 in float32
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -31,12 +33,12 @@ class Sampling:
         temperature: 0 takes the likeliest token (greedy).
         top_p: Nucleus: the likeliest tokens that together have this probability (arXiv 1904.09751).
         top_k: Only that many likeliest tokens; 0 is all.
-        repetition_penalty: Logits of tokens that have occurred are divided by it, or multiplied if negative
-            (arXiv 1909.05858); 1 is none.
-        beams: Width of the beam search; 1 is none. It is deterministic and takes no temperature.
+        repetition_penalty: Logits of tokens that have occurred, in the prompt too, are divided by it, or multiplied if
+            negative (arXiv 1909.05858); 1 is none.
+        beams: Width of the beam search; 1 is none. It is deterministic and takes no temperature, top_p or top_k.
         length_penalty: A finished beam's log-probability is divided by its length in tokens to this power.
         seed: Of the sampling; every row of a batch draws from a stream of its own that starts there.
-        stop: Texts that end the answer; they are not part of it.
+        stop: Texts that end the answer; they are not part of it. A beam goes on past one and is cut there at the end.
     """
 
     max_new_tokens: int = 256
@@ -50,17 +52,23 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, low in (("max_new_tokens", 1), ("beams", 1), ("top_k", 0), ("temperature", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        for name, low in (("max_new_tokens", 1), ("beams", 1), ("top_k", 0), ("seed", -(2**63))):
+            value = getattr(self, name)
+            if not isinstance(value, int) or not low <= value < 2**63:
+                raise ValueError(f"{name} must be a whole number from {low}, got {value!r}")
+        # Written so that NaN, which compares as false, is refused.
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be at least 0 and finite, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty must be positive and finite, got {self.repetition_penalty}")
+        if not -10 <= self.length_penalty <= 10:
+            raise ValueError(f"length_penalty must be from -10 to 10, got {self.length_penalty}")
         if self.beams > 1 and self.temperature > 0:
             raise ValueError("beam search takes no temperature; set beams to 1 or temperature to 0")
-        if not all(self.stop):
-            raise ValueError("a stop text must not be empty")
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop must be a list of texts that are not empty, got {self.stop!r}")
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,21 @@ def prefill(
     return cache, valid, llama.logits(hidden[:, -1])
 
 
+def row_limits(llama: Llama, rows: Sequence[Sequence[int]], sampling: Sampling) -> list[int]:
+    """The most new tokens of each row: `max_new_tokens`, or fewer where the model's context has no room for them.
+
+    Raises:
+        ValueError: A row leaves no room for one token.
+    """
+    context = llama.config.context
+    longest = max((len(row) for row in rows), default=0)
+    if longest >= context:
+        raise ValueError(
+            f"the text has {longest} tokens and the model's context holds {context}, the answer included; shorten it"
+        )
+    return [min(sampling.max_new_tokens, context - len(row)) for row in rows]
+
+
 def _longer(valid: Tensor | None) -> Tensor | None:
     """The mask with one more real token a row."""
     return None if valid is None else F.pad(valid, (0, 1), value=True)
@@ -117,6 +140,9 @@ class Sampler:
         prompts: Adaption prompts of the batch, of batch size 1 or len(rows).
         seeds: Where each row's stream of random numbers starts; None is `sampling.seed` for all, so that a row draws
             the same tokens in any batch.
+
+    Raises:
+        ValueError: There is no row, or one is empty or too long for the model's context.
     """
 
     def __init__(
@@ -129,8 +155,9 @@ class Sampler:
     ) -> None:
         self.llama, self.sampling, self.prompts = llama, sampling, prompts
         self.active = list(range(len(rows)))
-        self.cache, self.valid, self.logits = prefill(llama, rows, sampling.max_new_tokens, prompts)
-        self.seen = [sorted(set(row)) for row in rows] if sampling.repetition_penalty != 1 else []
+        self.limits = row_limits(llama, rows, sampling)
+        self.cache, self.valid, self.logits = prefill(llama, rows, max(self.limits, default=0), prompts)
+        self.seen = [list(row) for row in rows]
         seeds = [sampling.seed] * len(rows) if seeds is None else seeds
         self.generators = [torch.Generator(llama.device).manual_seed(seed) for seed in seeds]
         self.last: Tensor | None = None
@@ -145,9 +172,8 @@ class Sampler:
             self.logits = self.llama.logits(hidden[:, -1])
         self.last = self._choose(self.logits)
         chosen = self.last.tolist()
-        if self.seen:
-            for row, token in zip(self.active, chosen, strict=True):
-                self.seen[row].append(token)
+        for row, token in zip(self.active, chosen, strict=True):
+            self.seen[row].append(token)
         return dict(zip(self.active, chosen, strict=True))
 
     def drop(self, finished: set[int]) -> None:
@@ -167,23 +193,28 @@ class Sampler:
     def _choose(self, logits: Tensor) -> Tensor:
         """[B, V] -> token ids [B]."""
         sampling = self.sampling
-        if sampling.repetition_penalty != 1:
-            logits = logits.clone()
-            for index, row in enumerate(self.active):
-                ids = torch.tensor(self.seen[row], device=logits.device)
-                before = logits[index, ids]
-                after = torch.where(
-                    before > 0, before / sampling.repetition_penalty, before * sampling.repetition_penalty
-                )
-                logits[index, ids] = after
+        logits = _penalised(logits, [self.seen[row] for row in self.active], sampling.repetition_penalty)
         if sampling.temperature == 0:
             return logits.argmax(-1)
-        probabilities = _nucleus(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+        # The largest is 0 before it is divided, so that no temperature, however low, makes it infinite.
+        scaled = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, MIN_TEMPERATURE)
+        probabilities = _nucleus(scaled, sampling.top_k, sampling.top_p)
         draws = [
             torch.multinomial(probabilities[index], 1, generator=self.generators[row])
             for index, row in enumerate(self.active)
         ]
         return torch.cat(draws)
+
+
+def _penalised(logits: Tensor, seen: Sequence[list[int]], penalty: float) -> Tensor:
+    """Logits [B, V] under the repetition penalty, for the tokens that each row has seen."""
+    if penalty == 1:
+        return logits
+    logits = logits.clone()
+    for row, ids in zip(logits, seen, strict=True):
+        before = row[ids]
+        row[ids] = torch.where(before > 0, before / penalty, before * penalty)
+    return logits
 
 
 def _nucleus(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -215,26 +246,33 @@ def beam_search(
 
     Returns:
         For each row its tokens without the stop token, and whether a stop token ended them.
+
+    Raises:
+        ValueError: A row is empty, or too long for the model's context.
     """
     W = sampling.beams
-    cache, valid, logits = prefill(llama, rows, sampling.max_new_tokens, prompts)
+    limits = row_limits(llama, rows, sampling)
+    cache, valid, logits = prefill(llama, rows, max(limits, default=0), prompts)
     V = logits.shape[-1]
-    if V < 2 * W:
-        raise ValueError(f"{W} beams need a vocabulary of at least {2 * W} tokens, this one has {V}")
     stops = torch.tensor(sorted(stop_ids), device=llama.device, dtype=torch.long)
     finished: list[list[tuple[float, list[int]]]] = [[] for _ in rows]  # best first, W at most
     live = [[[] for _ in range(W)] for _ in rows]  # the tokens of each row's beams, best first
     active = list(range(len(rows)))
-    # All beams of a row are the same at the start: only the first may be extended.
+    # All beams of a row are the same at the start: only the first may be extended. Where that leaves too few, beams of
+    # log-probability -inf fill up, which nothing comes of.
     scores = torch.full((len(rows), W), float("-inf"), device=llama.device)
     scores[:, 0] = 0.0
     order = torch.arange(len(rows), device=llama.device).repeat_interleave(W)
     logits = logits[order]  # [B * W, V]
-    for length in range(1, sampling.max_new_tokens + 1):
+    for length in range(1, max(limits) + 1):
         if cancelled is not None and cancelled.is_set():
             break
+        logits = _penalised(
+            logits, [[*rows[row], *beam] for row in active for beam in live[row]], sampling.repetition_penalty
+        )
         total = (scores[..., None] + logits.log_softmax(-1).view(len(active), W, V)).flatten(1)  # [B, W * V]
-        best, index = total.topk(2 * W, dim=-1)  # a beam has one stop at least, so W of 2 W go on
+        # Every beam has a candidate for each stop token: of W for each stop and W more, at least W go on.
+        best, index = total.topk(min(W * (len(stops) + 1), W * V), dim=-1)
         stopped = torch.isin(index % V, stops).tolist()
         goes_on, next_scores, next_tokens, parents = [], [], [], []
         for place, row in enumerate(active):
@@ -243,18 +281,19 @@ def beam_search(
                 parent, token = divmod(chosen, V)
                 if not stopped[place][rank]:
                     beams.append((score, parent, token))
-                elif rank < W:
+                elif rank < W and score > float("-inf"):
                     finished[row].append((score / length**sampling.length_penalty, live[row][parent]))
             beams = beams[:W]
             live[row] = [[*live[row][parent], token] for _, parent, token in beams]
             finished[row] = sorted(finished[row], key=lambda item: -item[0])[:W]
-            if len(finished[row]) < W or finished[row][-1][0] < beams[0][0] / length**sampling.length_penalty:
+            open_end = len(finished[row]) < W or finished[row][-1][0] < beams[0][0] / length**sampling.length_penalty
+            if open_end and length < limits[row]:
                 goes_on.append(row)
                 next_scores.append([score for score, _, _ in beams])
                 next_tokens += [token for _, _, token in beams]
                 parents += [place * W + parent for _, parent, _ in beams]
         active = goes_on
-        if not active or length == sampling.max_new_tokens:
+        if not active:
             break
         scores = torch.tensor(next_scores, device=llama.device)
         parents = torch.tensor(parents, device=llama.device)
@@ -269,7 +308,11 @@ def beam_search(
 
 
 class StopText:
-    """Cuts a growing text at the first stop text and holds back what may become one."""
+    """Cuts a growing text at the stop text that is complete first, and holds back what may become one.
+
+    Of two that are complete at once the longer counts, so that the result does not depend on how the text is cut into
+    pieces.
+    """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self.stop = tuple(stop)
@@ -279,10 +322,11 @@ class StopText:
     def push(self, piece: str) -> str:
         """Takes the next piece and returns what is sure to be part of the text."""
         text = self.held + piece
-        places = [place for place in (text.find(stop) for stop in self.stop) if place >= 0]
-        if places:
+        places = [(text.find(stop), stop) for stop in self.stop]
+        found = [(place + len(stop), place) for place, stop in places if place >= 0]  # end, start
+        if found:
             self.stopped, self.held = True, ""
-            return text[: min(places)]
+            return text[: min(found)[1]]
         keep = max((_overlap(text, stop) for stop in self.stop), default=0)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]
@@ -317,7 +361,6 @@ def generate(
     Raises:
         ValueError: A row is empty, or too long for the model's context.
     """
-    sampling = _within_context(llama, rows, sampling)
     if sampling.beams > 1:
         found = beam_search(llama, rows, sampling, tokenizer.stop_ids, prompts, cancelled)
         return [_beam_result(tokenizer, tokens, ended, sampling, cancelled) for tokens, ended in found]
@@ -332,7 +375,6 @@ def generate(
     return [result for result in results if result is not None]
 
 
-@torch.inference_mode()
 def stream(
     llama: Llama,
     tokenizer: Tokenizer,
@@ -341,10 +383,26 @@ def stream(
     prompts: Prompts | None = None,
     cancelled: Event | None = None,
 ) -> Iterator[str]:
-    """Answers one prompt piece by piece; no piece ends inside a character or inside what may be a stop text."""
-    sampling = _within_context(llama, [row], sampling)
+    """Answers one prompt piece by piece; no piece ends inside a character or inside what may be a stop text.
+
+    Raises:
+        ValueError: The row is too long for the model's context, or beams were asked for.
+    """
     if sampling.beams > 1:
         raise ValueError("beam search decides on the whole text and cannot stream; set beams to 1")
+    row_limits(llama, [row], sampling)
+    return _pieces(llama, tokenizer, row, sampling, prompts, cancelled)
+
+
+@torch.inference_mode()
+def _pieces(
+    llama: Llama,
+    tokenizer: Tokenizer,
+    row: Sequence[int],
+    sampling: Sampling,
+    prompts: Prompts | None,
+    cancelled: Event | None,
+) -> Iterator[str]:
     text = _Text(tokenizer, sampling.stop)
     sent = 0
     for _, _, finish in _decode(llama, tokenizer, [row], sampling, prompts, cancelled, [text]):
@@ -383,7 +441,7 @@ def _decode(
 ) -> Iterator[tuple[int, int | None, str | None]]:
     """Events of a batch: (row, new token or None, how the row ended or None)."""
     sampler = Sampler(llama, rows, sampling, prompts)
-    for count in range(1, sampling.max_new_tokens + 1):
+    for count in range(1, max(sampler.limits) + 1):
         if cancelled is not None and cancelled.is_set():
             break
         finished = set()
@@ -394,7 +452,7 @@ def _decode(
             elif texts[row].push(token):
                 finished.add(row)
                 yield row, token, "stop"
-            elif count == sampling.max_new_tokens:
+            elif count == sampler.limits[row]:
                 finished.add(row)
                 yield row, token, "length"
             else:
@@ -411,17 +469,5 @@ def _beam_result(
 ) -> Generated:
     text = _Text(tokenizer, sampling.stop)
     stopped = any(text.push(token) for token in tokens)
-    if cancelled is not None and cancelled.is_set():
-        return Generated(text.finish(), tokens, "cancelled")
-    return Generated(text.finish(), tokens, "stop" if stopped or ended else "length")
-
-
-def _within_context(llama: Llama, rows: Sequence[Sequence[int]], sampling: Sampling) -> Sampling:
-    """`sampling` with no more new tokens than the model's context has room for."""
-    room = llama.config.context - max((len(row) for row in rows), default=0)
-    if room < 1:
-        raise ValueError(
-            f"the text has {llama.config.context - room} tokens and the model's context holds {llama.config.context}; "
-            "shorten it"
-        )
-    return dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+    finish = "cancelled" if cancelled is not None and cancelled.is_set() else "length"
+    return Generated(text.finish(), tokens, "stop" if stopped or ended else finish)

@@ -1,14 +1,13 @@
-"""What a base and an adapter weigh, worked out from their shapes without loading them."""
+"""What a base and an adapter weigh; the base is worked out from its shapes, without loading it."""
 
 from __future__ import annotations
 
-import argparse
 import math
+from pathlib import Path
 
-from mmadapter.checkpoint import FILE_NAME, find_adapter, read_about
+from mmadapter.checkpoint import Fingerprint, find_adapter, load_adapter
 from mmadapter.config import AdapterConfig, LlamaConfig
-from mmadapter.weights import open_weights
-from mmadapter.weights.base import expected_shapes
+from mmadapter.weights import expected_shapes, read_config
 
 # Shapes of the papers' bases, for planning before anything is there (LLaMA: arXiv 2302.13971, Table 2).
 SHAPES = {
@@ -42,63 +41,78 @@ def activation_bytes(config: LlamaConfig, layers: int, tokens: int, dtype: str) 
     return layers * tokens * per_layer * BYTES[dtype] + 2 * tokens * config.vocab_size * 4
 
 
-def describe(arguments: argparse.Namespace) -> str:
+def describe(
+    llama: str,
+    adapter: str | None = None,
+    *,
+    dtype: str = "bfloat16",
+    layers: int | None = None,
+    prompt_length: int = 10,
+    gate: str = "tanh",
+    batch_tokens: int = 2048,
+) -> str:
     """The text of `python -m mmadapter info`.
 
+    Args:
+        llama: A name in `SHAPES`, or the spec of a base.
+        adapter: Name, folder or file of an adapter; None describes one as it would be.
+        dtype: "float32" or "bfloat16", of the base in memory.
+        layers: Adapted layers of an adapter as it would be, L; None is all but two of the base.
+        prompt_length: K of such an adapter, or of an official `.pth`.
+        gate: Gate variant of such an adapter, or of an official `.pth`.
+        batch_tokens: Tokens of a training batch.
+
     Raises:
-        FileNotFoundError, ValueError, ConnectionError: The base or the adapter cannot be read.
+        FileNotFoundError, ValueError, ConnectionError: The base or the adapter cannot be read, or they do not fit.
     """
-    config = SHAPES.get(arguments.llama) or open_weights(arguments.llama).config
-    dtype = "float32" if arguments.dtype == "float32" else "bfloat16"
+    config = SHAPES.get(llama) or read_config(llama)
     lines = [
-        f"base          {arguments.llama}",
+        f"base          {llama}",
         f"  layers N    {config.layers}",
         f"  width C     {config.width}, feed-forward {config.hidden_width}",
         f"  heads H     {config.heads} of width {config.head_width}, {config.kv_heads} key/value heads",
-        f"  vocabulary  {config.vocab_size}{', tied to the output' if config.tied else ''}",
-        f"  context     {config.context} tokens",
+        f"  vocabulary  {config.vocab_size:,}{', tied to the output' if config.tied else ''}",
+        f"  context     {config.context:,} tokens",
         f"  parameters  {base_parameters(config):,}",
+        "",
     ]
-    parts: dict[str, int] = {}
-    if arguments.adapter is not None and arguments.adapter != "none":
-        path = find_adapter(arguments.adapter)
-        path = path / FILE_NAME if path.is_dir() else path
-        about = read_about(path)
-        adapter = about.adapter
-        parts = adapter_parameters(adapter, config)
+    if adapter is not None:
+        loaded, about = load_adapter(
+            adapter, config, Fingerprint.of(config, None), prompt_length=prompt_length, gate=gate
+        )
+        shape = about.adapter
+        parts = adapter_parameters(shape, config)
+        if loaded.projection is not None:
+            parts["image projection"] = sum(parameter.numel() for parameter in loaded.projection.parameters())
+        lines.append(f"adapter       {adapter}, {_disk_bytes(find_adapter(adapter)) / 1e6:.1f} MB on disk")
         if about.vision is not None:
-            parts["image projection"] = _stored_projection(path)
-        lines += ["", f"adapter       {arguments.adapter}, {path.stat().st_size / 1e6:.1f} MB on disk"]
+            scales = ", ".join(about.vision.scales) or "its own"
+            lines.append(f"  image       {about.vision.encoder}, scales {scales}")
     else:
-        layers = arguments.layers or max(1, config.layers - 2)
-        adapter = AdapterConfig(layers, arguments.prompt_length, arguments.gate)
-        parts = adapter_parameters(adapter, config)
-        lines += ["", f"adapter       as it would be, {sum(parts.values()) * 4 / 1e6:.1f} MB on disk"]
+        shape = AdapterConfig(max(1, config.layers - 2) if layers is None else layers, prompt_length, gate)
+        if shape.layers > config.layers:
+            raise ValueError(f"{llama} has {config.layers} layers, so {shape.layers} cannot be adapted; set --layers")
+        parts = adapter_parameters(shape, config)
+        lines.append(f"adapter       as it would be, {sum(parts.values()) * 4 / 1e6:.1f} MB on disk")
     trained = sum(parts.values())
-    lines += [f"  adapted L   {adapter.layers} layers, K = {adapter.prompt_length} prompts, gate {adapter.gate}"]
+    lines += [f"  adapted L   {shape.layers} layers, K = {shape.prompt_length} prompts, gate {shape.gate}"]
     lines += [f"  {name:<17} {count:>12,}" for name, count in parts.items()]
     lines += [f"  {'trained':<17} {trained:>12,}  ({trained / base_parameters(config):.3%} of the base)"]
     weights = base_parameters(config) * BYTES[dtype]
-    tokens = arguments.batch_tokens
-    training = weights + trained * 16 + activation_bytes(config, adapter.layers, tokens, dtype)
+    training = weights + trained * 16 + activation_bytes(config, shape.layers, batch_tokens, dtype)
+    inference = weights + cache_bytes(config, 2048, dtype)
     lines += [
         "",
         f"memory, {dtype} (estimates)",
-        f"  inference   {_gigabytes(weights + cache_bytes(config, 2048, dtype))} with 2,048 cached tokens",
-        f"  training    {_gigabytes(training)} with {tokens:,} tokens a batch: base, activations, adapter with AdamW",
+        f"  inference   {_gigabytes(inference)} with 2,048 cached tokens",
+        f"  training    {_gigabytes(training)} with {batch_tokens:,} tokens a batch: base, activations, AdamW",
     ]
     return "\n".join(lines)
 
 
-def _stored_projection(path) -> int:
-    """Trained numbers of the image projection in an adapter file, from its header."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        names = [name for name in file.keys() if name.startswith("projection.")]  # noqa: SIM118 - not a mapping
-        sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in names}
-    statistics = ("projection.feature_mean", "projection.feature_std")
-    return sum(size for name, size in sizes.items() if name not in statistics)
+def _disk_bytes(path: Path) -> int:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
 
 
 def _gigabytes(count: int) -> str:

@@ -219,6 +219,11 @@ class Llama(nn.Module):
     def device(self) -> torch.device:
         return self.tok_embeddings.weight.device
 
+    @property
+    def output_weight(self) -> Tensor:
+        """The output projection, [V, C]: the token embedding itself where the two are tied."""
+        return self.tok_embeddings.weight if self.config.tied else self.output.weight
+
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         return KVCache(self.config, batch, capacity, self.dtype, self.device)
 
@@ -235,8 +240,7 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., C] -> float32 [..., V]."""
-        weight = self.tok_embeddings.weight if self.config.tied else self.output.weight
-        return F.linear(hidden, weight).float()
+        return F.linear(hidden, self.output_weight).float()
 
     def hidden(
         self,

@@ -5,12 +5,12 @@ Shapes: B batch, T tokens, C width, V vocabulary, F width of the image features.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmadapter.adapter import Adapter
 from mmadapter.data import IGNORE_INDEX
 from mmadapter.llama import Llama
+from mmadapter.loss import cross_entropy_sum
 
 
 class AdaptedLlama(nn.Module):
@@ -50,8 +50,9 @@ class AdaptedLlama(nn.Module):
             raise ValueError(f"nothing to predict in row {empty[0]} of the batch: all its labels are {IGNORE_INDEX}")
         prompts = self.adapter.prompts(self.llama, features, has_image=has_image)
         hidden = self.llama.hidden(tokens[:, :-1], prompts=prompts)  # [B, T - 1, C]
-        logits = self.llama.logits(hidden[wanted])  # [targets, V]
-        return F.cross_entropy(logits, targets[wanted], reduction="sum", label_smoothing=label_smoothing)
+        return cross_entropy_sum(
+            hidden[wanted], self.llama.output_weight, targets[wanted], label_smoothing=label_smoothing
+        )
 
 
 def target_count(labels: Tensor) -> int:

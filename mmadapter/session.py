@@ -11,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Event
 from typing import NamedTuple
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from mmadapter import generate as decoding
@@ -123,12 +124,27 @@ class Session:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Raises:
-        ValueError: The base came without a tokenizer.
+        """The base's tokenizer.
+
+        Raises:
+            ValueError: The base came without one.
         """
         if self._tokenizer is None:
             raise ValueError(f"{self.spec} has no tokenizer, so it takes token ids only (Session.logits)")
         return self._tokenizer
+
+    @property
+    def encoder(self) -> ImageEncoder:
+        """The image encoder of the adapter in use.
+
+        Raises:
+            ValueError: No adapter is in use, or it does not see.
+        """
+        if self._adapter is None:
+            raise ValueError("the base model alone cannot see; load an adapter with an image encoder (caption)")
+        if self._encoder is None:
+            raise ValueError(f"adapter {self.adapter_name} was trained without images; load one that sees (caption)")
+        return self._encoder
 
     def adapter(self, name: str | Path | None) -> None:
         """Switches to another adapter, or with None to the base model; the base stays loaded.
@@ -170,8 +186,12 @@ class Session:
         Raises:
             ValueError: The ids are not [B, T] or outside the vocabulary, or the images are not one a row.
         """
-        if token_ids.ndim != 2:
-            raise ValueError(f"token_ids must be [B, T], got shape {tuple(token_ids.shape)}")
+        if not isinstance(token_ids, Tensor):
+            raise ValueError(f"token_ids must be a LongTensor [B, T], got a {type(token_ids).__name__}")
+        if token_ids.ndim != 2 or token_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"token_ids must be a LongTensor [B, T], got {token_ids.dtype} of shape {tuple(token_ids.shape)}"
+            )
         if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < self.llama.config.vocab_size:
             raise ValueError(f"token ids must be from 0 to {self.llama.config.vocab_size - 1}")
         rows = images if isinstance(images, (list, tuple)) else [images] * (1 if images is not None else len(token_ids))
@@ -187,14 +207,8 @@ class Session:
         Raises:
             ValueError: There is an image and no adapter that sees.
         """
-        if self._adapter is None:
-            if any(image is not None for image in images):
-                raise ValueError("the base model alone cannot see; load an adapter with an image encoder (caption)")
-            return None
         if all(image is None for image in images):
-            return self._adapter.prompts(self.llama, strength=self.strength)
-        if self._encoder is None:
-            raise ValueError(f"adapter {self.adapter_name} was trained without images; load one that sees (caption)")
+            return self._adapter.prompts(self.llama, strength=self.strength) if self._adapter is not None else None
         seen = self.features([image for image in images if image is not None])
         has_image = torch.tensor([image is not None for image in images], device=self.llama.device)
         features = torch.zeros(len(images), seen.shape[1], device=self.llama.device)
@@ -203,16 +217,22 @@ class Session:
 
     @torch.inference_mode()
     def features(self, images: Sequence[ImageSource]) -> Tensor:
-        """Image features, float32 [B, F]; those of images seen lately are not computed again."""
+        """Image features, float32 [B, F]; those of images seen lately are not computed again.
+
+        Raises:
+            FileNotFoundError, ValueError: An image cannot be read, or the adapter in use does not see.
+        """
+        encoder = self.encoder
         photos = [load_image(image) for image in images]
-        keys = [(self._encoder.config, _image_key(photo)) for photo in photos]
-        missing = {key: photo for key, photo in zip(keys, photos, strict=True) if key not in self._features}
-        found = {key: self._features[key] for key in keys if key in self._features}
+        keys = [(encoder.config, _image_key(photo)) for photo in photos]
+        # Looked up once: another thread's images may push these out at any moment.
+        found = {key: self._features.get(key) for key in keys}
+        missing = {key: photo for key, photo in zip(keys, photos, strict=True) if found[key] is None}
         if missing:
-            found |= dict(zip(missing, self._encoder.features_of(list(missing.values())), strict=True))
+            found |= dict(zip(missing, encoder.features_of(list(missing.values())), strict=True))
         for key in keys:
-            self._features[key] = found[key]
-            self._features.move_to_end(key)
+            self._features.pop(key, None)
+            self._features[key] = found[key]  # as the latest
         while len(self._features) > KEPT_IMAGES:
             self._features.popitem(last=False)
         return torch.stack([found[key] for key in keys])
@@ -223,7 +243,7 @@ class Session:
         *,
         batch_size: int = 32,
         progress: bool = False,
-        examples: Sequence[str] = (),
+        examples: Sequence[str] | None = None,
         **settings: object,
     ) -> list[str]:
         """Captions one image or many.
@@ -232,26 +252,30 @@ class Session:
             images: A path, PIL image, array or bytes, or a list of them.
             batch_size: Images at a time.
             progress: Shows a bar on standard error.
-            examples: Captions put before the question, for a base model that learns in context.
+            examples: Captions put before the question, for a base model that learns in context. With a list, be it
+                empty, the base model is asked although it cannot see: a baseline.
             **settings: Fields of `generate.Sampling`; None or absent takes the adapter's default.
 
         Raises:
-            FileNotFoundError, ValueError: An image cannot be read, or no adapter that sees is loaded.
+            FileNotFoundError, ValueError: An image cannot be read, no adapter that sees is loaded, or a setting is
+                unknown or out of range.
         """
         from tqdm import tqdm
 
+        encoder = None if self._adapter is None and examples is not None else self.encoder
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         many = list(images) if isinstance(images, (list, tuple)) else [images]
         form = template(self.about.template if self.about is not None else "plain")
         question = form.render(CAPTION_INSTRUCTION)
-        shots = "".join(f"{question}{form.separator}{example}\n" for example in examples)
+        shots = "".join(f"{question}{form.separator}{example}\n" for example in examples or ())
         tokens = self.tokenizer.encode(shots + question)
         sampling = self.sampling("caption", settings)
         captions: list[str] = []
         with tqdm(total=len(many), unit="image", disable=not progress) as bar:
             for start in range(0, len(many), batch_size):
                 batch = many[start : start + batch_size]
-                sees = self._adapter is not None
-                prompts = self.prompts(batch) if sees else None
+                prompts = None if encoder is None else self.prompts(batch)
                 captions += [answer.text.strip() for answer in self.generate([tokens] * len(batch), sampling, prompts)]
                 bar.update(len(batch))
         return captions
@@ -273,17 +297,21 @@ class Session:
             The text; with choices a `Choice`.
 
         Raises:
-            ValueError: The question is empty, or there is only one choice.
+            ValueError: The question is empty, there are not two choices or one is empty, a setting is unknown or out of
+                range, or the text is too long for the model's context.
         """
         if not question.strip():
             raise ValueError("the question is empty")
+        if isinstance(choices, str) or (choices is not None and not all(choice.strip() for choice in choices)):
+            raise ValueError(f"choices must be a list of texts that are not empty, got {choices!r}")
+        if choices is not None and len(choices) < 2:
+            raise ValueError(f"choices must be two or more, got {len(choices)}")
+        sampling = self.sampling("answer", settings)
         form = template(self.about.template if self.about is not None else "plain")
         prompts = self.prompts([image])
         if choices is None:
             tokens = self.tokenizer.encode(form.render(question_text(question)))
-            return self.generate([tokens], self.sampling("answer", settings), prompts)[0].text.strip()
-        if len(choices) < 2:
-            raise ValueError(f"choices must be two or more, got {len(choices)}")
+            return self.generate([tokens], sampling, prompts)[0].text.strip()
         tokens = self.tokenizer.encode(form.render(question_text(question, choices)))
         endings = [self.tokenizer.encode((form.separator or " ") + choice, bos=False) for choice in choices]
         means = self._log_likelihoods(tokens, endings, prompts)
@@ -295,6 +323,12 @@ class Session:
     def _log_likelihoods(self, tokens: list[int], endings: list[list[int]], prompts: Prompts | None) -> Tensor:
         """Mean log-probability a token of each ending after `tokens`, [number of endings]."""
         longest = max(len(ending) for ending in endings)
+        context = self.llama.config.context
+        if len(tokens) + longest > context:
+            raise ValueError(
+                f"question and choice have {len(tokens) + longest} tokens and the model's context holds {context}; "
+                "shorten them"
+            )
         rows = torch.tensor([tokens + ending + [0] * (longest - len(ending)) for ending in endings])
         hidden = self.llama.hidden(rows.to(self.llama.device), prompts=prompts)
         log_probabilities = self.llama.logits(hidden[:, len(tokens) - 1 : -1]).log_softmax(-1)  # [choices, longest, V]
@@ -321,24 +355,32 @@ class Session:
         Args:
             messages: One text, or `{"role": ..., "content": ...}` in order, the last from the user.
             image: What the conversation is about.
-            stream: Gives an iterator of text pieces instead of the text.
+            stream: Gives an iterator of text pieces, which joined are the text, instead of the text.
             cancelled: Set from another thread to stop.
             **settings: Fields of `generate.Sampling`; absent ones take the adapter's default.
 
         Raises:
-            ValueError: There is no message, or the last one is not the user's.
+            ValueError: A message is not of that form, the last one is not the user's or empty, no adapter that sees the
+                image is loaded, a setting is unknown or out of range, or the text is too long for the model's context.
         """
         tokens = self.chat_tokens(messages)
         prompts = self.prompts([image])
         sampling = self.sampling("chat", settings)
         if stream:
-            return decoding.stream(self.llama, self.tokenizer, tokens, sampling, prompts, cancelled)
+            return _stripped(decoding.stream(self.llama, self.tokenizer, tokens, sampling, prompts, cancelled))
         return self.generate([tokens], sampling, prompts, cancelled)[0].text.strip()
 
     def chat_tokens(self, messages: str | Sequence[dict]) -> list[int]:
-        """The prompt of a conversation, as `chat` gives it to the model."""
+        """The prompt of a conversation, as `chat` gives it to the model.
+
+        Raises:
+            ValueError: A message is not of that form, or the last one is not the user's or empty.
+        """
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
-        if not turns or turns[-1].get("role") != "user" or not str(turns[-1].get("content", "")).strip():
+        for turn in turns:
+            if not isinstance(turn, Mapping) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
+                raise ValueError(f'a message must be {{"role": TEXT, "content": TEXT}}, got {turn!r}')
+        if not turns or turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
             raise ValueError("a conversation must end with a message of the user that is not empty")
         if self._adapter is None and self.tokenizer.chat_template is not None:
             return self.tokenizer.encode(self.tokenizer.render_chat(turns), bos=False, special=True)
@@ -367,17 +409,30 @@ class Session:
             "answer": {"max_new_tokens": 30, "stop": ("\n",)},
             "chat": {"max_new_tokens": 256, "temperature": 0.1, "top_p": 0.75},  # PAPER: decoding of instructions
         }[task]
-        own = self.about.generation if self.about is not None and self.about.task == task else {}
+        trained_for = {"instruct": "chat"}.get(self.about.task, self.about.task) if self.about is not None else None
+        own = self.about.generation if trained_for == task else {}
         given = {key: value for key, value in settings.items() if value is not None}
         fields = {field.name for field in dataclasses.fields(Sampling)}
-        if given.keys() - fields:
-            raise ValueError(
-                f"unknown {', '.join(sorted(given.keys() - fields))}; there are {', '.join(sorted(fields))}"
-            )
+        unknown = sorted((given.keys() | own.keys()) - fields)
+        if unknown:
+            raise ValueError(f"unknown {', '.join(unknown)}; there are {', '.join(sorted(fields))}")
         if given.get("temperature") and "beams" not in given:
             own = {**own, "beams": 1}  # who asks for a temperature wants to sample
+        if given.get("beams", 1) != 1 and "temperature" not in given:
+            own = {**own, "temperature": 0.0}  # and who asks for beams does not
         return Sampling(**(defaults | own | given))
 
 
-def _image_key(photo) -> bytes:
+def _stripped(pieces: Iterator[str]) -> Iterator[str]:
+    """The pieces without the white space at both ends of the text."""
+    held, begun = "", False
+    for piece in pieces:
+        text = held + piece if begun else piece.lstrip()
+        held = text[len(text.rstrip()) :]
+        if text.rstrip():
+            begun = True
+            yield text.rstrip()
+
+
+def _image_key(photo: Image) -> bytes:
     return hashlib.sha256(repr(photo.size).encode() + photo.tobytes()).digest()

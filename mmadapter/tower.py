@@ -10,6 +10,7 @@ import inspect
 import logging
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -74,11 +75,8 @@ class Tower(nn.Module):
             kept: The blocks to keep, counted from 1, ascending; None keeps all.
         """
         indices = None if kept is None else [block - 1 for block in kept]
-        return (
-            self._read_timm(pixels, indices)
-            if hasattr(self.trunk, "forward_head")
-            else self._read_clip(pixels, indices)
-        )
+        of_timm = hasattr(self.trunk, "forward_head")
+        return self._read_timm(pixels, indices) if of_timm else self._read_clip(pixels, indices)
 
     def _read_timm(self, pixels: torch.Tensor, indices: list[int] | None) -> Reading:
         trunk, blocks = self.trunk, []
@@ -132,7 +130,7 @@ def load_tower(spec: str, image_size: int = 0, random_weights: bool = False) -> 
         spec: "efficientnet-lite0", -1 or -2, "open_clip:MODEL/TAG", "open_clip:MODEL@FILE", "timm:NAME" or
             "timm:NAME@FILE".
         image_size: Side of the square it shall take; 0 takes its own.
-        random_weights: Leaves the weights as they are drawn and fetches none; then "open_clip:MODEL" will do.
+        random_weights: Leaves the weights as they are drawn, fetches and reads none; then "open_clip:MODEL" will do.
 
     Raises:
         ValueError: An unknown spec, model or tag, a size the tower cannot take, or a file of other weights.
@@ -141,6 +139,8 @@ def load_tower(spec: str, image_size: int = 0, random_weights: bool = False) -> 
     """
     library, _, rest = spec.partition(":")
     name, _, file = rest.partition("@")
+    if random_weights:
+        file = ""
     if file and not os.path.isfile(file):
         raise FileNotFoundError(f"{file} not found; {spec} needs its weights there")
     if spec in EFFICIENTNETS:
@@ -230,7 +230,9 @@ def _load_open_clip(name: str, file: str, image_size: int, random_weights: bool)
         arguments["force_preprocess_cfg"] = {key: about[key] for key in ("mean", "std") if key in about}
     elif file and _is_torchscript(file):
         # OpenAI publishes its models in this form, all of them trained with QuickGELU.
-        state = torch.jit.load(file, map_location="cpu").state_dict()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript is on its way out of PyTorch; these files stay as they are
+            state = torch.jit.load(file, map_location="cpu").state_dict()
         arguments["force_quick_gelu"] = True
     elif not file and not random_weights:
         example = f'a tag, as in "open_clip:{name}/{tags[0]}", or ' if tags else ""

@@ -91,7 +91,7 @@ class ImageEncoder(nn.Module):
         return torch.cat(self._features(reading, taken), dim=1)  # [B, F]
 
     @torch.no_grad()
-    def features_of(self, images: Sequence[ImageSource], batch_size: int = 16) -> torch.Tensor:
+    def features_of(self, images: Sequence[ImageSource], batch_size: int = 8) -> torch.Tensor:
         """Reads images and gives their features, `batch_size` at a time.
 
         Returns:
@@ -125,11 +125,17 @@ class ImageProjection(nn.Module):
 
     The features are standardised by their mean and deviation over the training set: those of a frozen network differ
     in scale by orders of magnitude from channel to channel. Then LayerNorm, a two-layer MLP and LayerNorm, so that the
-    image token has the unit scale of the adaption prompts that it is added to (Eq. 10).
+    image token starts at the scale of the adaption prompts that it is added to (Eq. 10).
     """
 
     def __init__(
-        self, feature_width: int, width: int, hidden: int, dropout: float = 0.0, feature_dropout: float = 0.0
+        self,
+        feature_width: int,
+        width: int,
+        hidden: int,
+        dropout: float = 0.0,
+        feature_dropout: float = 0.0,
+        scale: float = 1.0,
     ) -> None:
         """Makes the projection; the standardisation is the identity until `set_statistics`.
 
@@ -139,6 +145,7 @@ class ImageProjection(nn.Module):
             hidden: Width between the two linear layers.
             dropout: Share of hidden units dropped in training.
             feature_dropout: Share of standardised features dropped in training.
+            scale: Standard deviation of the image token's numbers at the start.
         """
         super().__init__()
         self.register_buffer("feature_mean", torch.zeros(feature_width))
@@ -149,12 +156,13 @@ class ImageProjection(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(hidden, width)
         self.output_norm = nn.LayerNorm(width)
+        nn.init.constant_(self.output_norm.weight, scale)
 
     @torch.no_grad()
     def set_statistics(self, features: torch.Tensor) -> None:
         """Takes mean and deviation of every feature over a training set.
 
-        A feature that hardly varies (less than a thousandth of the typical deviation) is only centred, not blown up.
+        A feature that varies by no more than rounding does (1e-4 of its mean) is only centred, not blown up.
 
         Args:
             features: [number of images, F], two images at least.
@@ -170,9 +178,9 @@ class ImageProjection(nn.Module):
         features = features.double()
         if not features.isfinite().all():
             raise ValueError("the features hold values that are not finite; look for damaged images or weights")
-        deviation = features.std(dim=0, correction=0)  # [F]
-        deviation[deviation <= 1e-3 * deviation.median()] = 1.0
-        self.feature_mean.copy_(features.mean(dim=0))
+        mean, deviation = features.mean(dim=0), features.std(dim=0, correction=0)  # [F], [F]
+        deviation[deviation <= 1e-4 * mean.abs()] = 1.0
+        self.feature_mean.copy_(mean)
         self.feature_std.copy_(deviation)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -197,7 +205,7 @@ def load_encoder(
         config: The encoder, its scales and its image size; a string is the spec alone.
         dtype: Type of the weights; features are float32 whatever it is.
         device: Where the weights go.
-        random_weights: Leaves the weights as they are drawn and fetches none.
+        random_weights: Leaves the weights as they are drawn; fetches and reads none.
 
     Raises:
         ValueError: An unknown spec, model, tag or scale, an image size the tower cannot take, or a file that does not

@@ -30,21 +30,22 @@ class CiderD:
     """
 
     def __init__(self, references: Sequence[Sequence[str]]) -> None:
-        tokens = [[words(caption) for caption in captions] for captions in references]
+        self.references = [[words(caption) for caption in captions] for captions in references]
         self.frequency = Counter(
-            gram for captions in tokens for gram in {gram for caption in captions for gram in _grams(caption)}
+            gram for captions in self.references for gram in {gram for caption in captions for gram in _grams(caption)}
         )
         self.log_images = math.log(len(references))
-        self.references = [[(self._weights(caption), len(caption)) for caption in captions] for captions in tokens]
 
     def score(self, image: int, caption: str) -> float:
         """CIDEr-D of a caption of image number `image`; 10 is a perfect match with every reference."""
         tokens = words(caption)
         weights = self._weights(tokens)
         total = 0.0
-        for reference, length in self.references[image]:
-            penalty = math.exp(-((len(tokens) - length) ** 2) / (2 * SIGMA**2))
-            total += penalty * sum(_similarity(*pair) for pair in zip(weights, reference, strict=True)) / N_GRAMS
+        for reference in self.references[image]:
+            penalty = math.exp(-((len(tokens) - len(reference)) ** 2) / (2 * SIGMA**2))
+            # Weighed here, each time: the weights of all of COCO's references would fill 4 GB.
+            pairs = zip(weights, self._weights(reference), strict=True)
+            total += penalty * sum(_similarity(*pair) for pair in pairs) / N_GRAMS
         return 10 * total / len(self.references[image])
 
     def _weights(self, tokens: list[str]) -> Weights:

@@ -40,13 +40,18 @@ def caption_text(raw: str) -> str:
 
 
 def caption_examples(
-    images: Sequence[CaptionedImage], tokenizer: Tokenizer, prompt_template: str, *, first_image: int = 0
+    images: Sequence[CaptionedImage],
+    tokenizer: Tokenizer,
+    prompt_template: str,
+    *,
+    first_image: int = 0,
+    max_tokens: int = 512,
 ) -> list[Example]:
     """One row for each reference caption; image i of the list is row `first_image` + i of the feature table."""
     form = template(prompt_template)
     prompt = form.render(CAPTION_INSTRUCTION)
     return [
-        make_example(tokenizer, prompt, form.separator + caption_text(caption), image=index)
+        make_example(tokenizer, prompt, form.separator + caption_text(caption), image=index, max_tokens=max_tokens)
         for index, image in enumerate(images, first_image)
         for caption in image.captions
         if caption.strip()
@@ -61,20 +66,30 @@ def read_data(folder: Path, seed: int) -> tuple[list[CaptionedImage], list[Capti
 
     Raises:
         FileNotFoundError: The folder or its annotations are not there.
+        ValueError: The annotations cannot be read, or leave too few images to train on (2) or to validate on (1).
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no data folder {folder}; give the one that holds the annotations and the pictures")
     karpathy = sorted(folder.glob("dataset_*.json"))
     if karpathy:
-        train = [image for image in read_captions(karpathy[0]) if image.split in ("train", "restval")]
-        return train, read_captions(karpathy[0], "val"), karpathy[0]
-    coco = sorted(folder.glob("annotations/captions_*.json"), key=lambda path: ("train" not in path.name, path.name))
-    if not coco:
-        raise FileNotFoundError(f"{folder} has neither a dataset_*.json nor annotations/captions_*.json")
-    images = read_captions(coco[0])
-    random.Random(seed).shuffle(images)
-    held_out = max(1, min(1000, len(images) // 10))
-    return images[held_out:], images[:held_out], coco[0]
+        path = karpathy[0]
+        images = read_captions(path)
+        train = [image for image in images if image.split in ("train", "restval")]
+        validation = [image for image in images if image.split == "val"]
+    else:
+        coco = sorted(
+            folder.glob("annotations/captions_*.json"), key=lambda file: ("train" not in file.name, file.name)
+        )
+        if not coco:
+            raise FileNotFoundError(f"{folder} has neither a dataset_*.json nor annotations/captions_*.json")
+        path = coco[0]
+        images = read_captions(path)
+        random.Random(seed).shuffle(images)
+        held_out = max(1, min(1000, len(images) // 10))
+        train, validation = images[held_out:], images[:held_out]
+    if len(train) < 2 or not validation:
+        raise ValueError(f"{path} has {len(train)} training and {len(validation)} validation images; it takes 2 and 1")
+    return train, validation, path
 
 
 def picture_paths(folder: Path, images: Sequence[CaptionedImage]) -> list[Path]:
@@ -112,6 +127,7 @@ def feature_source(table: Tensor) -> Features:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m training.coco_caption",
+        usage="%(prog)s --config FILE --data DIR [--out DIR] [overrides of the run file]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -132,20 +148,30 @@ def run(arguments: argparse.Namespace) -> int:
     train_paths = picture_paths(arguments.data, train_images)
     val_paths = picture_paths(arguments.data, val_images)
 
+    # Everything that may be refused comes before the image features, which may take hours.
     vision = VisionConfig(config.vision, config.scales, config.image_size, config.resize)
     encoder = load_encoder(vision, dtype=getattr(torch, config.dtype))
+    base = open_base(config)
+    projection = ImageProjection(
+        sum(encoder.widths),
+        base.config.width,
+        config.projection_width,
+        dropout=config.dropout,
+        feature_dropout=config.feature_dropout,
+        scale=config.prompt_std,
+    )
+    model = base.with_adapter(config, projection)
+
     cache = cache_folder() / "features"
     train_features = cached_features(encoder, train_paths, cache, views=config.views, seed=config.seed)
     val_features = cached_features(encoder, val_paths, cache)
     table = feature_source(torch.cat((train_features, val_features.expand(config.views, -1, -1)), dim=1))
+    if not config.init:  # an adapter that was trained keeps the statistics it was trained with
+        projection.set_statistics(train_features[0].float())
 
-    base = open_base(config)
-    projection = ImageProjection(
-        sum(encoder.widths), base.config.width, config.projection_width, config.dropout, config.feature_dropout
-    )
-    projection.set_statistics(train_features[0].float())
-    train = caption_examples(train_images, base.tokenizer, config.template)
-    validation = caption_examples(val_images, base.tokenizer, config.template, first_image=len(train_images))
+    rows = {"tokenizer": base.tokenizer, "prompt_template": config.template, "max_tokens": config.max_tokens}
+    train = caption_examples(train_images, **rows)
+    validation = caption_examples(val_images, **rows, first_image=len(train_images))
     objective = None
     if config.objective == "cider":
         train = list({example.image: example for example in train}.values())  # one row an image: which does not matter
@@ -153,7 +179,7 @@ def run(arguments: argparse.Namespace) -> int:
         reward = CiderD([[caption_text(caption) for caption in image.captions] for image in train_images])
         objective = SelfCritical(base.tokenizer, question, reward, samples=config.samples)
     trainer = Trainer(
-        base.with_adapter(config, projection),
+        model,
         config,
         out,
         train=train,

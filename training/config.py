@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
+import math
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmadapter.config import from_dict
+from mmadapter.config import AdapterConfig, VisionConfig, from_dict
+from mmadapter.prompts import template
+
+KINDS = {int: "a whole number", float: "a number", str: "text", tuple: "a list of texts"}
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class RunConfig:
         layers: Adapted layers, L.
         prompt_length: Adaption prompts a layer, K.
         gate: Gate variant: tanh, identity or scalar.
-        prompt_std: Standard deviation of the prompts at the start.
+        prompt_std: Standard deviation at the start of the prompts, and of the image token that is added to them.
         vision: Spec of the image encoder; empty for text.
         scales: What is read off the encoder; empty takes its default (see mmadapter.config.VisionConfig).
         image_size: Side of the square image in pixels; 0 takes the encoder's own.
@@ -93,7 +99,13 @@ class RunConfig:
     save_every: int = 50
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not _is_of_kind(value, type(field.default)):
+                raise ValueError(f"{field.name} must be {KINDS[type(field.default)]}, got {value!r}")
         for name in (
+            "layers",
+            "prompt_length",
             "steps",
             "batch_size",
             "views",
@@ -102,19 +114,34 @@ class RunConfig:
             "projection_width",
             "max_tokens",
             "validation_rows",
+            "beams",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("dropout", "feature_dropout", "label_smoothing", "ema"):
+        for name in ("dropout", "feature_dropout", "label_smoothing", "ema", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("lr", "gate_lr", "weight_decay", "warmup", "clip"):
+        for name in ("seed", "lr", "gate_lr", "weight_decay", "warmup", "clip"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.objective not in ("likelihood", "cider"):
             raise ValueError(f"objective must be likelihood or cider, got {self.objective!r}")
+        if self.objective == "cider" and self.samples < 2:
+            raise ValueError(f"samples must be at least 2, for each is compared with the others, got {self.samples}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
+        # What these say of their own fields, before anything is loaded or computed.
+        AdapterConfig(self.layers, self.prompt_length, self.gate, self.prompt_std)
+        VisionConfig(self.vision, self.scales, self.image_size, self.resize)
+        template(self.template)
+
+
+def _is_of_kind(value: object, kind: type) -> bool:
+    if kind is tuple:
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind  # a bool is an int to isinstance
 
 
 def read_config(path: Path, overrides: dict[str, object]) -> RunConfig:
@@ -122,26 +149,36 @@ def read_config(path: Path, overrides: dict[str, object]) -> RunConfig:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is not TOML, has an unknown key, or a value out of range.
+        ValueError: It is not TOML, or a key is unknown, or a value is of the wrong kind or out of range.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no run file {path}; the shipped ones are in training/configs")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-        return from_dict(RunConfig, values | {key: value for key, value in overrides.items() if value is not None})
-    except (ValueError, TypeError) as error:
+        from_dict(RunConfig, values)
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    return from_dict(RunConfig, values | {key: value for key, value in overrides.items() if value is not None})
+
+
+def descriptions() -> dict[str, str]:
+    """What the docstring of `RunConfig` says of each field, for `--help`."""
+    listed = (inspect.getdoc(RunConfig) or "").partition("Attributes:\n")[2]
+    entries = re.findall(r"^    (\w[\w, ]*): (.+(?:\n {8}.+)*)", listed, re.MULTILINE)
+    return {name: " ".join(said.split()) for names, said in entries for name in names.split(", ")}
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Adds a flag for each field of `RunConfig`: --batch-size 16 overrides batch_size of the run file."""
     group = parser.add_argument_group("overrides of the run file")
+    said = descriptions()
     for field in dataclasses.fields(RunConfig):
-        flag = "--" + field.name.replace("_", "-")
-        if isinstance(field.default, tuple):
-            group.add_argument(flag, nargs="*", metavar="SCALE", help=f"default {' '.join(field.default) or 'none'}")
+        flag, default = "--" + field.name.replace("_", "-"), field.default
+        about = f"{said.get(field.name, '')} (default: {'none' if default in ('', ()) else default})".replace("%", "%%")
+        if isinstance(default, tuple):
+            group.add_argument(flag, nargs="*", metavar="SCALE", help=about)
         else:
-            group.add_argument(flag, type=type(field.default), help=f"default {field.default}")
+            group.add_argument(flag, type=type(default), metavar=type(default).__name__.upper(), help=about)
 
 
 def overrides_of(arguments: argparse.Namespace) -> dict[str, object]:

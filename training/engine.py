@@ -1,6 +1,6 @@
 """The training loop: adapter in float32 over a frozen base, checkpoints, log, progress.
 
-A run folder holds `run.json` (the resolved settings), `log.jsonl`, `checkpoint.pt` (to resume from) and, at the end,
+A run folder holds `log.jsonl` (it begins with the resolved settings), `checkpoint.pt` (to resume from) and, at the end,
 `adapter.safetensors`. Everything random at a step is a function of the seed and the step, so a resumed run takes the
 very steps an uninterrupted one would have taken.
 """
@@ -11,6 +11,8 @@ import dataclasses
 import json
 import math
 import os
+import pickle
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -53,8 +55,11 @@ class Base:
         """The adapter that a run starts from, on this base: a fresh one, drawn by the run's seed, or that of `init`.
 
         Raises:
-            ValueError, FileNotFoundError: `init` is no adapter of the run's shape.
+            ValueError, FileNotFoundError: The base has fewer layers than the run adapts, or `init` is no adapter of the
+                run's shape.
         """
+        if run.layers > self.config.layers:
+            raise ValueError(f"layers is {run.layers}, but {run.llama} has {self.config.layers}; set a lower --layers")
         torch.manual_seed(run.seed)
         config = AdapterConfig(run.layers, run.prompt_length, run.gate, run.prompt_std)
         adapter = Adapter(config, width=self.config.width, heads=self.config.heads, projection=projection)
@@ -63,6 +68,8 @@ class Base:
             shapes = [{name: tensor.shape for name, tensor in side.state_dict().items()} for side in (start, adapter)]
             if shapes[0] != shapes[1]:
                 raise ValueError(f"adapter {run.init} has other sizes than this run file asks for")
+            if start.config.gate != run.gate:
+                raise ValueError(f"adapter {run.init} has {start.config.gate} gates, this run file asks for {run.gate}")
             adapter.load_state_dict(start.state_dict())
         return AdaptedLlama(self.llama, adapter)
 
@@ -123,7 +130,10 @@ class Trainer:
         folder: Where checkpoint and log are kept.
         features: Image features of a batch's rows; None for a text task.
         objective: What is minimised; None is the mean cross-entropy a target token.
-        record: Facts for the first line of the log (data hash, versions ...).
+        record: Facts for the first line of the log; of `data_hash` a checkpoint must have the same.
+
+    Raises:
+        ValueError: There is no row to train on, or none to validate on.
     """
 
     def __init__(
@@ -138,9 +148,12 @@ class Trainer:
         objective: Objective | None = None,
         record: dict | None = None,
     ) -> None:
+        if not train or not validation:
+            raise ValueError(f"there are {len(train)} rows to train on and {len(validation)} to validate on; give some")
         self.model, self.config, self.folder = model, config, folder
         self.train_examples = train
-        self.validation_examples = validation[:: max(1, len(validation) // config.validation_rows)]
+        taken = min(config.validation_rows, len(validation))
+        self.validation_examples = [validation[i * len(validation) // taken] for i in range(taken)]
         self.features, self.objective = features, objective or self._likelihood
         self.record = record or {}
         self.optimizer = make_optimizer(model.adapter, config)
@@ -153,21 +166,24 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._resume()
         settings = dataclasses.asdict(self.config)
-        self._log({"event": "start", "step": self.step, "config": settings, **self.record})
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        self._log({"event": "start", "step": self.step, "config": settings, "versions": versions, **self.record})
         if self.step == 0:
             self._validate()
         batches = batches_from(self.train_examples, self.config, self.step)
-        started, tokens, recent = time.perf_counter(), 0, []
+        seconds, tokens, recent = 0.0, 0, []
         with tqdm(total=self.config.steps, initial=self.step, unit="step", dynamic_ncols=True) as bar:
             while self.step < self.config.steps:
                 examples = next(batches)
+                started = time.perf_counter()
                 recent.append(self._step(collate(examples)))
+                seconds += time.perf_counter() - started
                 tokens += sum(len(example.tokens) for example in examples)
-                rate = tokens / (time.perf_counter() - started)
+                rate = tokens / seconds
                 shown = ", ".join(f"{name} {value:.3f}" for name, value in recent[-1].items())
                 bar.set_postfix_str(f"{shown}, {rate:.0f} tokens/s")
                 bar.update()
-                if self.step % 10 == 0:
+                if self.step % 10 == 0 or self.step == self.config.steps:
                     means = {name: sum(line[name] for line in recent) / len(recent) for name in recent[0]}
                     lr = self.optimizer.param_groups[0]["lr"]
                     self._log({"step": self.step, **means, "lr": lr, "tokens_per_s": rate})
@@ -185,22 +201,22 @@ class Trainer:
         return self.model.adapter.state_dict() | self.mean
 
     def _step(self, batch: Batch) -> dict[str, float]:
-        """One optimiser step; returns the loss and the objective's other figures."""
+        """One optimiser step; returns the loss, the objective's other figures and the gradient's norm before clipping.
+
+        Raises:
+            FloatingPointError: Loss or gradient is not finite. No weight has been touched.
+        """
         config = self.config
         seed = hash((config.seed, self.step)) % 2**63
         torch.manual_seed(seed)
         self.model.train()
         features, has_image = self._batch_features(batch, torch.Generator().manual_seed(seed))
         loss, figures = self.objective(self.model, batch, features, has_image, seed)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.step}; the last good checkpoint is in {self.folder}; "
-                "try a lower --lr or --clip"
-            )
+        self._require_finite("loss", loss)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if config.clip:
-            torch.nn.utils.clip_grad_norm_(self.model.adapter.parameters(), config.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.adapter.parameters(), config.clip or math.inf)
+        self._require_finite("gradient's norm", norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, group["peak"], config.warmup, config.steps)
         self.optimizer.step()
@@ -209,7 +225,16 @@ class Trainer:
             decay = min(config.ema, self.step / (self.step + 10))
             for name, parameter in self.model.adapter.named_parameters() if config.ema else ():
                 self.mean[name].lerp_(parameter, 1 - decay)
-        return {"loss": loss.item(), **figures}
+        return {"loss": loss.item(), **figures, "grad_norm": norm.item()}
+
+    def _require_finite(self, name: str, value: Tensor) -> None:
+        if torch.isfinite(value):
+            return
+        saved = (self.folder / "checkpoint.pt").exists()
+        kept = f"the last good checkpoint is in {self.folder}" if saved else "there is no checkpoint yet"
+        raise FloatingPointError(
+            f"the {name} is {value.item()} at step {self.step}; {kept}; try a lower --lr, or --dtype float32"
+        )
 
     def _likelihood(
         self, model: AdaptedLlama, batch: Batch, features: Tensor | None, has_image: Tensor | None, seed: int
@@ -255,25 +280,36 @@ class Trainer:
             "step": self.step,
             "best": self.best,
             "config": dataclasses.asdict(self.config),
+            "data_hash": self.record.get("data_hash"),
             "adapter": self.model.adapter.state_dict(),
             "mean": self.mean,
             "optimizer": self.optimizer.state_dict(),
         }
-        temporary = self.folder / f"checkpoint.{os.getpid()}.tmp"
-        torch.save(state, temporary)
-        os.replace(temporary, self.folder / "checkpoint.pt")
+        temporary = self.folder / "checkpoint.tmp"  # one name: what a killed process left of it is written over
+        try:
+            torch.save(state, temporary)
+            os.replace(temporary, self.folder / "checkpoint.pt")
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def _resume(self) -> None:
         path = self.folder / "checkpoint.pt"
         if not path.exists():
             return
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{path} cannot be read ({reason}); delete it to start afresh") from error
         settings = dataclasses.asdict(self.config)
         changed = [key for key in settings if key != "steps" and settings[key] != state["config"].get(key)]
         if changed:
             raise ValueError(
                 f"{path} was made with another {', '.join(changed)}; choose another --out, or the settings it has"
             )
+        data_hash = self.record.get("data_hash")
+        if state.get("data_hash", data_hash) != data_hash:
+            raise ValueError(f"{path} was made with other data; choose another --out, or the data it has")
         self.model.adapter.load_state_dict(state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.mean, self.step, self.best = state["mean"], state["step"], state["best"]

@@ -14,6 +14,7 @@ from torch import Tensor
 from mmadapter.adapter import select_prompts
 from mmadapter.data import IGNORE_INDEX, Batch, Example, collate
 from mmadapter.generate import Sampler, Sampling
+from mmadapter.loss import cross_entropy_sum
 from mmadapter.model import AdaptedLlama
 from mmadapter.tokenizer import Tokenizer
 from training.cider import CiderD
@@ -46,39 +47,33 @@ class SelfCritical:
         rows = torch.arange(len(images)).repeat_interleave(self.samples)  # [B * n]
         with torch.no_grad():
             answers = self._sample(model, select_prompts(prompts, rows), len(rows), seed)
-        texts = [self.tokenizer.decode(answer) for answer in answers]
+        stops = self.tokenizer.stop_ids
+        texts = [self.tokenizer.decode([token for token in answer if token not in stops]) for answer in answers]
         rewards = torch.tensor([self.reward.score(images[row], text) for row, text in zip(rows, texts, strict=True)])
         rewards = rewards.view(len(images), self.samples)
         others = (rewards.sum(1, keepdim=True) - rewards) / (self.samples - 1)
         advantages = (rewards - others).flatten()  # [B * n]
 
-        # An answer that filled the room has no end of sequence, and is not taught one.
-        full = self.max_new_tokens
-        endings = [answer if len(answer) == full else [*answer, self.tokenizer.eos_id] for answer in answers]
-        drawn = collate([Example((*self.question, *ending), len(self.question)) for ending in endings])
+        drawn = collate([Example((*self.question, *answer), len(self.question)) for answer in answers])
         targets = drawn.labels[:, 1:]
         wanted = targets != IGNORE_INDEX
         hidden = model.llama.hidden(drawn.tokens[:, :-1], prompts=select_prompts(prompts, rows))
-        logits = model.llama.logits(hidden[wanted])  # [targets, V]
-        losses = torch.nn.functional.cross_entropy(logits, targets[wanted], reduction="none")  # [targets]
-        row_of = wanted.nonzero()[:, 0]
-        return (advantages[row_of] * losses).sum() / len(rows), {"reward": rewards.mean().item()}
+        share = advantages[wanted.nonzero()[:, 0]] / len(rows)  # [targets]
+        loss = cross_entropy_sum(hidden[wanted], model.llama.output_weight, targets[wanted], scale=share)
+        return loss, {"reward": rewards.mean().item()}
 
     def _sample(self, model: AdaptedLlama, prompts, count: int, seed: int) -> list[list[int]]:
-        """`count` captions drawn at temperature 1, without their stop token."""
+        """`count` captions drawn at temperature 1, with the stop token that ended each, if one did."""
         sampling = Sampling(max_new_tokens=self.max_new_tokens, temperature=1.0)
         sampler = Sampler(
             model.llama, [self.question] * count, sampling, prompts, seeds=[seed + row for row in range(count)]
         )
         answers: list[list[int]] = [[] for _ in range(count)]
         for _ in range(self.max_new_tokens):
-            finished = set()
-            for row, token in sampler.step().items():
-                if token in self.tokenizer.stop_ids:
-                    finished.add(row)
-                else:
-                    answers[row].append(token)
-            sampler.drop(finished)
+            chosen = sampler.step()
+            for row, token in chosen.items():
+                answers[row].append(token)
+            sampler.drop({row for row, token in chosen.items() if token in self.tokenizer.stop_ids})
             if not sampler.active:
                 break
         return answers

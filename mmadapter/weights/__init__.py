@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
+from mmadapter.config import LlamaConfig
 from mmadapter.weights import store
 from mmadapter.weights.base import NAMES_IN_A_MESSAGE, BaseWeights, expected_shapes
 
-__all__ = ["BaseWeights", "expected_shapes", "load_state_dict", "open_weights", "store"]
+__all__ = ["BaseWeights", "expected_shapes", "load_state_dict", "open_weights", "read_config", "store"]
 
 HUB_PREFIX = "hf:"
 GGUF_MAGIC = b"GGUF"
@@ -52,6 +53,19 @@ def open_weights(spec: str, *, progress: bool = True) -> BaseWeights:
             f"Give one of these, a path, or hf:ORG/NAME"
         )
     return _open_path(spec, path)
+
+
+def read_config(spec: str) -> LlamaConfig:
+    """The shape of the LLaMA that `spec` names; of a repository of the hub only the configuration is fetched.
+
+    Raises:
+        As `open_weights`.
+    """
+    if spec.startswith(HUB_PREFIX):
+        from mmadapter.weights.huggingface import hub_config
+
+        return hub_config(spec.removeprefix(HUB_PREFIX))
+    return open_weights(spec).config
 
 
 def load_state_dict(weights: BaseWeights, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 FLOATS = ("F64", "F32", "F16", "BF16")
 INDEX = "model.safetensors.index.json"
-HUB_FILES = ("*.json", "*.safetensors", "tokenizer*")
+HUB_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")
 # Other copies of the same weights, in other layouts.
 HUB_IGNORED = ("original/*", "consolidated*", "onnx/*")
 NAMES = {
@@ -100,15 +100,7 @@ def download(name: str, *, progress: bool = True) -> Path:
         ValueError: `name` is no repository name, or its model is of another kind.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HFValidationError,
-        HTTPError,  # of whichever HTTP library this version of the hub's client is built on
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import LocalEntryNotFoundError
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     repository, _, revision = name.partition("@")
@@ -118,12 +110,53 @@ def download(name: str, *, progress: bool = True) -> Path:
     if silence:
         disable_progress_bars()
     try:
-        with contextlib.suppress(LocalEntryNotFoundError):
-            present = Path(snapshot_download(local_files_only=True, **chosen))
-            if _is_whole(present):
-                return present
-        read_config(Path(hf_hub_download(filename="config.json", **at)))
-        folder = Path(snapshot_download(**chosen))
+        with _plain_errors(name):
+            with contextlib.suppress(LocalEntryNotFoundError):
+                present = Path(snapshot_download(local_files_only=True, **chosen))
+                if _is_whole(present):
+                    return present
+            read_config(Path(hf_hub_download(filename="config.json", **at)))
+            folder = Path(snapshot_download(**chosen))
+    finally:
+        if silence:
+            enable_progress_bars()
+    if not _is_whole(folder):
+        raise FileNotFoundError(
+            f"hf:{name} has no whole set of *.safetensors, or the hub could not be reached for it; "
+            "try again, or use a repository that has its weights in this format"
+        )
+    return folder
+
+
+def hub_config(name: str) -> LlamaConfig:
+    """The shape of the model in a repository of the hub; only its `config.json` is fetched.
+
+    Raises:
+        ConnectionError, FileNotFoundError, PermissionError, ValueError: As `download`.
+    """
+    from huggingface_hub import hf_hub_download
+
+    repository, _, revision = name.partition("@")
+    with _plain_errors(name):
+        return read_config(Path(hf_hub_download(repository, "config.json", revision=revision or None)))
+
+
+@contextlib.contextmanager
+def _plain_errors(name: str) -> Iterator[None]:
+    """Turns what the hub's client raises into one line that says what to do."""
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        HTTPError,  # of whichever HTTP library this version of the hub's client is built on
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    repository, _, revision = name.partition("@")
+    try:
+        yield
     except HFValidationError as error:
         raise ValueError(f"hf:{name} is no repository; expected hf:ORG/NAME or hf:ORG/NAME@REVISION") from error
     except GatedRepoError as error:
@@ -148,15 +181,6 @@ def download(name: str, *, progress: bool = True) -> Path:
     except HTTPError as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConnectionError(f"cannot fetch hf:{name}: {reason}. Check the network and try again") from error
-    finally:
-        if silence:
-            enable_progress_bars()
-    if not _is_whole(folder):
-        raise FileNotFoundError(
-            f"hf:{name} has no whole set of *.safetensors, or the hub could not be reached for it; "
-            "try again, or use a repository that has its weights in this format"
-        )
-    return folder
 
 
 def read_config(path: Path) -> LlamaConfig:

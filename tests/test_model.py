@@ -1,0 +1,138 @@
+"""The training loss is the plain cross-entropy, computed where there is a label and nowhere else."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from mmadapter.config import AdapterConfig
+from mmadapter.data import IGNORE_INDEX
+from mmadapter.model import AdaptedLlama, target_count
+
+
+def adapted(*, layers: int = 2, image: bool = True) -> AdaptedLlama:
+    llama = tiny.llama()
+    return AdaptedLlama(llama, tiny.adapter(llama.config, layers=layers, image=image))
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """Three rows padded on the right: real lengths 8, 5, 6; labels in scattered places, the first row's token 0 too."""
+    tokens, labels = tiny.tokens(3, 8), torch.full((3, 8), IGNORE_INDEX)
+    for row, places in enumerate(([0, 3, 4, 7], [4], [2, 3, 5])):
+        labels[row, places] = tokens[row, places]
+    tokens[1, 5:] = tokens[2, 6:] = 0
+    return tokens, labels
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_and_its_gradients_are_plain_cross_entropy(smoothing: float) -> None:
+    tokens, labels = batch()
+    features, has_image = tiny.features(3), torch.tensor([True, False, True])
+    model, plain = adapted(), adapted()
+    loss = model(tokens, labels, features, has_image, label_smoothing=smoothing)
+    loss.backward()
+    logits = plain.llama(tokens, prompts=plain.adapter.prompts(plain.llama, features, has_image=has_image))
+    criterion = torch.nn.CrossEntropyLoss(ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=smoothing)
+    expected = criterion(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    for name, parameter in model.adapter.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, plain.adapter.get_parameter(name).grad, atol=1e-5, rtol=1e-4, msg=name
+        )
+
+
+def test_smoothing_changes_the_loss() -> None:
+    tokens, labels = batch()
+    assert adapted()(tokens, labels) != adapted()(tokens, labels, label_smoothing=0.1)
+
+
+@torch.no_grad()
+def test_a_batch_loses_what_its_rows_lose() -> None:
+    """Padding on the right, of whatever tokens, changes nothing."""
+    model, (tokens, labels) = adapted(), batch()
+    rows = [(0, 8), (1, 5), (2, 6)]
+    alone = sum(model(tokens[row : row + 1, :length], labels[row : row + 1, :length]) for row, length in rows)
+    torch.testing.assert_close(model(tokens, labels), alone)
+
+
+def test_logits_are_computed_at_labels_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits of a whole batch are its largest tensor: vocabulary times tokens."""
+    model, (tokens, labels) = adapted(), batch()
+    seen, logits = [], model.llama.logits
+    monkeypatch.setattr(model.llama, "logits", lambda hidden: seen.append(hidden.shape) or logits(hidden))
+    model(tokens, labels)
+    assert target_count(labels) == 7  # not the label of token 0, which no position predicts
+    assert seen == [(7, 24)]
+
+
+def test_the_last_token_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No position after it predicts anything."""
+    model, (tokens, labels) = adapted(), batch()
+    seen, hidden = [], model.llama.hidden
+    monkeypatch.setattr(
+        model.llama, "hidden", lambda tokens, **options: seen.append(tokens.shape) or hidden(tokens, **options)
+    )
+    model(tokens, labels)
+    assert seen == [(3, 7)]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "labels", "row"),
+    [
+        (tiny.tokens(3, 4), [[IGNORE_INDEX, 1, 2, 3], [IGNORE_INDEX] * 4, [IGNORE_INDEX, 1, 2, 3]], 1),
+        (tiny.tokens(2, 3), [[5, IGNORE_INDEX, 5], [5, IGNORE_INDEX, IGNORE_INDEX]], 1),  # the first token only
+        (tiny.tokens(1, 1), [[5]], 0),
+    ],
+)
+def test_a_row_without_a_target_is_named(tokens: Tensor, labels: list[list[int]], row: int) -> None:
+    """A mean over no target is NaN, and one such batch ends a training run."""
+    with pytest.raises(ValueError, match=f"nothing to predict in row {row} of the batch: all its labels are -100"):
+        adapted()(tokens, torch.tensor(labels))
+
+
+def test_the_base_is_frozen_and_gets_no_gradient() -> None:
+    llama = tiny.llama().requires_grad_(True)
+    model = AdaptedLlama(llama, tiny.adapter(llama.config))
+    tokens, labels = batch()
+    model(tokens, labels).backward()
+    assert not any(parameter.requires_grad for parameter in llama.parameters())
+    assert all(parameter.grad is None for parameter in llama.parameters())
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == ["adapter.prompt", "adapter.gate"]
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_layers_below_the_first_adapted_one_build_no_graph(layers: int) -> None:
+    """They would keep their activations for a backward pass that nothing under them needs."""
+    model, (tokens, labels) = adapted(layers=layers), batch()
+    tracked: dict[str, bool] = {}
+    for index, block in enumerate(model.llama.layers):
+        for name in ("attention", "feed_forward"):
+            getattr(block, name).register_forward_hook(
+                lambda _module, _args, out, key=f"{index}.{name}": tracked.update({key: out.requires_grad})
+            )
+    model(tokens, labels)
+    first = 3 - layers
+    assert tracked == {f"{i}.{name}": i >= first for i in range(3) for name in ("attention", "feed_forward")}
+
+
+def test_the_mean_loss_of_an_untrained_model_is_that_of_chance() -> None:
+    """The sum over targets, divided by their count, starts near log V: a guard against a shifted or doubled sum."""
+    llama = tiny.llama()
+    with torch.no_grad():
+        llama.output.weight.mul_(0.01)
+    model = AdaptedLlama(llama, tiny.adapter(llama.config))
+    tokens, labels = batch()
+    mean = model(tokens, labels) / target_count(labels)
+    assert mean.item() == pytest.approx(torch.tensor(53.0).log().item(), abs=0.05)
+
+
+def test_an_adapter_of_more_layers_than_the_base_is_refused() -> None:
+    llama = tiny.llama()
+    model = AdaptedLlama(llama, tiny.adapter(llama.config, layers=4))
+    assert model.adapter.config == AdapterConfig(4, 3)
+    with pytest.raises(ValueError, match="adapter of 4 layers does not fit a base of 3"):
+        model(*batch())
