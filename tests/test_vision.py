@@ -212,7 +212,9 @@ def test_features_can_be_trained_on() -> None:
     """Tensors made in inference mode cannot take part in autograd."""
     encoder = encoder_of("efficientnet-lite0", 32)
     projection = ImageProjection(sum(encoder.widths), 8, 16)
-    projection(encoder.features_of(PHOTOS[:2])).square().sum().backward()
+    features = encoder.features_of(PHOTOS[:2])
+    assert not features.is_inference()
+    projection(features).square().sum().backward()
     assert all(parameter.grad is not None for parameter in projection.parameters())
 
 
