@@ -142,7 +142,7 @@ def run(args: argparse.Namespace, command: str) -> int:
             "versions": versions(),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "examples": [
-                {"image": image.file_name, "caption": caption, "references": list(image.captions), "CIDEr": cider}
+                {"image": image.file_name, "caption": caption, "CIDEr": cider}
                 for image, caption, cider in zip(images, captions, scores.cider_of_image, strict=True)
             ],
         }

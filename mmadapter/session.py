@@ -27,7 +27,6 @@ from mmadapter.config import VisionConfig
 from mmadapter.generate import Generated, Sampling
 from mmadapter.image import ImageSource, load_image
 from mmadapter.llama import Llama
-from mmadapter.memory import keep_freed_memory
 from mmadapter.prompts import CAPTION_INSTRUCTION, question_text, template
 from mmadapter.tokenizer import Tokenizer
 from mmadapter.vision import ImageEncoder, load_encoder
@@ -83,7 +82,6 @@ def load(
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    keep_freed_memory()
     weights = open_weights(llama)
     state = load_state_dict(weights, getattr(torch, dtype))
     model = Llama.from_state_dict(weights.config, state).to(place)
@@ -276,7 +274,8 @@ class Session:
             for start in range(0, len(many), batch_size):
                 batch = many[start : start + batch_size]
                 prompts = None if encoder is None else self.prompts(batch)
-                captions += [answer.text.strip() for answer in self.generate([tokens] * len(batch), sampling, prompts)]
+                answers = self.generate([tokens] * len(batch), sampling, prompts)
+                captions += [" ".join(answer.text.split()) for answer in answers]  # one line, whatever was generated
                 bar.update(len(batch))
         return captions
 

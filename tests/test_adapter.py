@@ -256,6 +256,8 @@ def test_rows_taken_out_of_a_batch_can_be_stacked_again() -> None:
 
 @torch.no_grad()
 def test_a_mixed_left_padded_cached_batch_equals_its_rows_alone() -> None:
+    """Prompts take no position, so where a row starts shows in its logits: its padding must not be counted. (The base
+    alone would not notice, for there only distances between tokens count.)"""
     llama, rows = tiny.llama(), mixed_rows(tiny.llama())
     texts = [tiny.tokens(1, length, seed=length)[0] for length in (3, 1, 8, 5, 8, 2)]
     ends = tiny.tokens(1, 3, seed=9)[0]

@@ -461,4 +461,4 @@ def test_a_folder_without_an_adapter_says_what_was_looked_for(tmp_path: Path) ->
 
 
 def test_the_names_of_this_version_are_in_the_repository() -> None:
-    assert checkpoint.SHIPPED == Path(__file__).resolve().parents[1] / "assets" / "adapters"
+    assert Path(__file__).resolve().parents[1] / "assets" / "adapters" == checkpoint.SHIPPED

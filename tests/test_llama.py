@@ -92,7 +92,7 @@ def test_cached_equals_uncached(monkeypatch: pytest.MonkeyPatch, chunks: list[in
 @pytest.mark.parametrize("short", [256, 6, 0], ids=["short", "crossing", "long"])
 @torch.no_grad()
 def test_a_left_padded_batch_equals_its_rows_alone(monkeypatch: pytest.MonkeyPatch, short: int) -> None:
-    """A softmax over padding alone gave NaN, and NaN spread to real positions; padding must take no position either."""
+    """A softmax over padding alone gave NaN, and NaN spread to real positions."""
     monkeypatch.setattr(llama_module, "SHORT", short)
     model = tiny.llama()
     rows = [tiny.tokens(1, length, seed=length)[0] for length in (4, 7, 1, 7)]

@@ -7,13 +7,14 @@ import tiny
 import torch
 from torch import Tensor
 
+from mmadapter import model as model_module
 from mmadapter.config import AdapterConfig
 from mmadapter.data import IGNORE_INDEX
 from mmadapter.model import AdaptedLlama, target_count
 
 
-def adapted(*, layers: int = 2, image: bool = True) -> AdaptedLlama:
-    llama = tiny.llama()
+def adapted(*, layers: int = 2, image: bool = True, tied: bool = False) -> AdaptedLlama:
+    llama = tiny.llama(tiny.config(tied=tied))
     return AdaptedLlama(llama, tiny.adapter(llama.config, layers=layers, image=image))
 
 
@@ -26,11 +27,12 @@ def batch() -> tuple[Tensor, Tensor]:
     return tokens, labels
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_loss_and_its_gradients_are_plain_cross_entropy(smoothing: float) -> None:
+def test_the_loss_and_its_gradients_are_plain_cross_entropy(smoothing: float, tied: bool) -> None:
     tokens, labels = batch()
     features, has_image = tiny.features(3), torch.tensor([True, False, True])
-    model, plain = adapted(), adapted()
+    model, plain = adapted(tied=tied), adapted(tied=tied)
     loss = model(tokens, labels, features, has_image, label_smoothing=smoothing)
     loss.backward()
     logits = plain.llama(tokens, prompts=plain.adapter.prompts(plain.llama, features, has_image=has_image))
@@ -61,11 +63,20 @@ def test_a_batch_loses_what_its_rows_lose() -> None:
 def test_logits_are_computed_at_labels_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """The logits of a whole batch are its largest tensor: vocabulary times tokens."""
     model, (tokens, labels) = adapted(), batch()
-    seen, logits = [], model.llama.logits
-    monkeypatch.setattr(model.llama, "logits", lambda hidden: seen.append(hidden.shape) or logits(hidden))
+    seen = []
+    plain = model_module.cross_entropy_sum
+    monkeypatch.setattr(
+        model_module,
+        "cross_entropy_sum",
+        lambda hidden, weight, targets, **options: (
+            seen.append((hidden.shape, targets.tolist())) or plain(hidden, weight, targets, **options)
+        ),
+    )
+    monkeypatch.setattr(model.llama, "logits", lambda hidden: pytest.fail("logits of all positions"))
     model(tokens, labels)
-    assert target_count(labels) == 7  # not the label of token 0, which no position predicts
-    assert seen == [(7, 24)]
+    wanted = [*labels[0, [3, 4, 7]].tolist(), *labels[1, [4]].tolist(), *labels[2, [2, 3, 5]].tolist()]
+    assert target_count(labels) == len(wanted)  # not the label of token 0, which no position predicts
+    assert seen == [((7, 24), wanted)]
 
 
 def test_the_last_token_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:

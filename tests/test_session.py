@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import random
 import threading
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from tiny_session import Tiny
 import mmadapter
 from mmadapter import session as session_module
 from mmadapter.checkpoint import read_about
+from mmadapter.generate import Generated
 from mmadapter.prompts import TEMPLATES
 from mmadapter.session import Choice, Session
 
@@ -180,12 +180,17 @@ def test_many_captions_equal_captions_one_by_one(tiny, seeing, encoded):
 def test_a_caption_is_asked_for_in_the_words_of_training(tiny, seeing, monkeypatch):
     asked = []
     monkeypatch.setattr(seeing, "generate", lambda rows, *_: asked.append(rows) or [])
-    monkeypatch.setattr(session_module, "zip", None, raising=False)
     seeing.caption(tiny.picture(0))
     seeing.caption(tiny.picture(0), examples=["a dog", "a man"])
     texts = [[seeing.tokenizer.decode(row) for row in rows] for rows in asked]
     question = "Generate caption for this image:"
     assert texts == [[question], [f"{question} a dog\n{question} a man\n{question}"]]
+
+
+def test_a_caption_is_one_line(tiny, seeing, monkeypatch):
+    """The command prints a line for each picture, and the stop texts are a setting of the adapter."""
+    monkeypatch.setattr(seeing, "generate", lambda *_: [Generated(" a dog\r\n\u2028on\tgrass \x1c", [], "length")])
+    assert seeing.caption(tiny.picture(0)) == ["a dog on grass"]
 
 
 def test_only_an_adapter_that_sees_captions(tiny):
@@ -313,7 +318,7 @@ def test_switching_adapters_leaves_the_base_as_it_was(tiny):
 def test_an_adapter_that_cannot_be_loaded_leaves_the_one_in_use(tiny, seeing, tmp_path):
     caption = seeing.caption(tiny.picture(0))
     tiny_session.write_adapter(
-        tmp_path, tiny_session.llama_config(330), tiny.load().fingerprint, "caption", "plain", None, base="elsewhere"
+        tmp_path, tiny_session.llama_config(330), tiny.load().fingerprint, "caption", "plain", None
     )
     file = tmp_path / "adapter.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
@@ -399,18 +404,16 @@ def plain_log_likelihood(session: Session, tokens: list[int], ending: list[int],
     return total / len(ending)
 
 
-@pytest.mark.parametrize(
-    ("adapter", "picture", "separator"), [("sees", 2, " "), ("reads", None, " "), (None, None, " ")]
-)
-def test_the_likeliest_choice_is_taken(tiny, adapter, picture, separator):
+@pytest.mark.parametrize("adapter", ["sees", "reads", None])
+def test_the_likeliest_choice_is_taken(tiny, adapter):
     session = tiny.load(getattr(tiny, adapter) if adapter else None)
-    image = None if picture is None else tiny.picture(picture)
+    image = tiny.picture(2) if adapter == "sees" else None
     choices = ["a dog", "the response is a man", "grass", "END"]
     choice = session.answer(image, "  What is it? ", choices)
     question = "What is it?\nOptions: (A) a dog (B) the response is a man (C) grass (D) END"
     form = TEMPLATES["alpaca" if adapter == "reads" else "plain"]
     tokens = session.tokenizer.encode(form.without_input.format(instruction=question))
-    endings = [session.tokenizer.encode(separator + text, bos=False) for text in choices]
+    endings = [session.tokenizer.encode(" " + text, bos=False) for text in choices]
     assert len({len(ending) for ending in endings}) > 1
     means = torch.tensor([plain_log_likelihood(session, tokens, ending, image) for ending in endings])
     assert isinstance(choice, Choice)
@@ -484,10 +487,7 @@ def test_the_base_model_is_asked_in_its_own_chat_template(tiny):
 
 @pytest.mark.parametrize("adapter", [None, "reads"])
 def test_without_a_chat_template_and_with_an_adapter_it_is_alpacas(tiny, adapter):
-    if adapter is None:
-        session = mmadapter.load(llama=str(tiny.plain))
-    else:
-        session = tiny.load(tiny.reads)
+    session = tiny.load(tiny.reads) if adapter else mmadapter.load(llama=str(tiny.plain))
     alone = prompt_of(session, "Why?")
     assert alone.startswith("Below is an instruction that describes a task. Write")
     assert alone.endswith("\n\n### Instruction:\nWhy?\n\n### Response:")

@@ -189,7 +189,7 @@ def write_encoder(folder: Path) -> Path:
 
 def write_adapter(
     folder: Path,
-    base: LlamaConfig,
+    llama: LlamaConfig,
     fingerprint: Fingerprint,
     task: str,
     template: str,
@@ -201,11 +201,11 @@ def write_adapter(
     projection = None
     if vision is not None:
         encoder = load_encoder(vision)
-        projection = ImageProjection(sum(encoder.widths), base.width, 24)
+        projection = ImageProjection(sum(encoder.widths), llama.width, 24)
         projection.set_statistics(encoder.features_of([picture(number) for number in range(100, 108)]))
         vision = encoder.config
     config = AdapterConfig(layers=2, prompt_length=3)
-    adapter = Adapter(config, width=base.width, heads=base.heads, projection=projection)
+    adapter = Adapter(config, width=llama.width, heads=llama.heads, projection=projection)
     torch.nn.init.normal_(adapter.gate)
     save_adapter(
         folder / checkpoint.FILE_NAME,

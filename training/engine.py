@@ -27,7 +27,6 @@ from mmadapter.checkpoint import Fingerprint, load_adapter
 from mmadapter.config import AdapterConfig, LlamaConfig
 from mmadapter.data import Batch, Example, collate, length_batches
 from mmadapter.llama import Llama
-from mmadapter.memory import keep_freed_memory
 from mmadapter.model import AdaptedLlama, target_count
 from mmadapter.tokenizer import Tokenizer
 from mmadapter.vision import ImageProjection
@@ -75,12 +74,11 @@ class Base:
 
 
 def open_base(run: RunConfig) -> Base:
-    """Loads the base of a run, and lets the process keep the memory it frees (see `mmadapter.memory`).
+    """Loads the base of a run.
 
     Raises:
         ValueError, FileNotFoundError, ConnectionError: See `weights.open_weights`; or the base has no tokenizer.
     """
-    keep_freed_memory()
     weights = open_weights(run.llama)
     tokenizer = weights.tokenizer()
     if tokenizer is None:
@@ -159,7 +157,6 @@ class Trainer:
         self.optimizer = make_optimizer(model.adapter, config)
         self.mean = {name: p.detach().clone() for name, p in model.adapter.named_parameters()} if config.ema else {}
         self.step = 0
-        self.best: float | None = None
 
     def train(self) -> float:
         """Trains to the last step and returns the validation loss of the weights that are kept."""
@@ -265,7 +262,6 @@ class Trainer:
             targets += target_count(batch.labels)
         adapter.load_state_dict(adapter.state_dict() | trained)
         loss = total / targets
-        self.best = loss if self.best is None else min(self.best, loss)
         gate = adapter.gate_values().abs().mean().item()
         self._log({"step": self.step, "val_loss": loss, "mean_abs_gate": gate})
         tqdm.write(f"step {self.step}: validation loss {loss:.4f}, mean |gate| {gate:.3f}")
@@ -278,7 +274,6 @@ class Trainer:
     def _save(self) -> None:
         state = {
             "step": self.step,
-            "best": self.best,
             "config": dataclasses.asdict(self.config),
             "data_hash": self.record.get("data_hash"),
             "adapter": self.model.adapter.state_dict(),
@@ -312,4 +307,4 @@ class Trainer:
             raise ValueError(f"{path} was made with other data; choose another --out, or the data it has")
         self.model.adapter.load_state_dict(state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.mean, self.step, self.best = state["mean"], state["step"], state["best"]
+        self.mean, self.step = state["mean"], state["step"]
