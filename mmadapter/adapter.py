@@ -187,7 +187,10 @@ def _stack_layer(rows: Sequence[PromptKV | None]) -> PromptKV | None:
             keys.append(F.pad(row.key, (0, 0, 0, missing)))
             values.append(F.pad(row.value, (0, 0, 0, missing)))
             gates.append(row.gate)
-            masks.append((torch.arange(K, device=row.key.device) < row.key.shape[2])[None])
+            visible = (
+                torch.ones(1, K - missing, dtype=torch.bool, device=row.key.device) if row.mask is None else row.mask
+            )
+            masks.append(F.pad(visible, (0, missing), value=False))
     mask = torch.cat(masks)
     return PromptKV(torch.cat(keys), torch.cat(values), torch.cat(gates), None if mask.all() else mask)
 

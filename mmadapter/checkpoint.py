@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import pickle
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -200,10 +201,9 @@ def _load_own(path: Path, base: LlamaConfig, fingerprint: Fingerprint) -> tuple[
 
 def _load_official(path: Path, base: LlamaConfig, prompt_length: int, gate: str) -> tuple[Adapter, AdapterFile]:
     """LLaMA-Adapter's own checkpoint: `adapter_query.weight` [K * L, C] and a raw gate for each of the N layers."""
-    try:
-        file = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:
-        raise ValueError(f"{path} is damaged or not a LLaMA-Adapter checkpoint: {error}") from error
+    if prompt_length < 1:
+        raise ValueError(f"prompt_length must be at least 1, got {prompt_length}")
+    file = _read_tensors(path, "a LLaMA-Adapter checkpoint")
     if not isinstance(file, dict) or "adapter_query.weight" not in file:
         raise ValueError(f"{path} is no LLaMA-Adapter checkpoint: it has no adapter_query.weight")
     query = file.pop("adapter_query.weight")  # [K * L, C]
@@ -234,6 +234,21 @@ def _load_official(path: Path, base: LlamaConfig, prompt_length: int, gate: str)
     return _filled(path, Adapter(config, width=base.width, heads=base.heads), state), AdapterFile(config, "instruct")
 
 
+def _read_tensors(path: Path, kind: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or a pickle of nothing but tensors.
+
+    Raises:
+        ValueError: It is neither; torch's own message fills a page.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is damaged or not {kind}: {reason}") from error
+
+
 def _load_peft(folder: Path, base: LlamaConfig) -> tuple[Adapter, AdapterFile]:
     """A Hugging Face peft AdaptionPrompt folder: one scalar gate a layer, used as it is."""
     try:
@@ -243,13 +258,15 @@ def _load_peft(folder: Path, base: LlamaConfig) -> tuple[Adapter, AdapterFile]:
     if settings.get("peft_type") != "ADAPTION_PROMPT":
         raise ValueError(f"{folder} is a peft adapter of type {settings.get('peft_type')}, expected ADAPTION_PROMPT")
     weights = folder / "adapter_model.safetensors"
-    if weights.is_file():
-        file = load_file(weights)
-    elif (folder / "adapter_model.bin").is_file():
-        file = torch.load(folder / "adapter_model.bin", weights_only=True, map_location="cpu")
-    else:
+    if not weights.is_file():
+        weights = folder / "adapter_model.bin"
+    if not weights.is_file():
         raise FileNotFoundError(f"{folder} has neither adapter_model.safetensors nor adapter_model.bin")
-    config = AdapterConfig(int(settings["adapter_layers"]), int(settings["adapter_len"]), "scalar")
+    file = _read_tensors(weights, "the weights of a peft adapter")
+    for key in ("adapter_layers", "adapter_len"):
+        if not isinstance(settings.get(key), int):
+            raise ValueError(f"{folder / 'adapter_config.json'}: {key} must be a number, got {settings.get(key)!r}")
+    config = AdapterConfig(settings["adapter_layers"], settings["adapter_len"], "scalar")
     prompts, gates = {}, {}
     for key, tensor in file.items():
         match = re.search(r"layers\.(\d+)\.self_attn\.adaption_(prompt|gate)$", key)

@@ -135,7 +135,10 @@ def cached_features(encoder, paths: Sequence[Path], folder: Path, *, views: int 
                     ]
                 parts.append(encoder.features_of(batch).half())
             temporary = file.with_suffix(f".{os.getpid()}.tmp")
-            save_file({"features": torch.cat(parts)}, temporary)
-            os.replace(temporary, file)
+            try:
+                save_file({"features": torch.cat(parts)}, temporary)
+                os.replace(temporary, file)
+            finally:
+                temporary.unlink(missing_ok=True)
         rows.append(load_file(file)["features"])
     return torch.stack(rows)

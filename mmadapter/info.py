@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from mmadapter.checkpoint import Fingerprint, find_adapter, load_adapter
+from mmadapter.checkpoint import FILE_NAME, Fingerprint, find_adapter, load_adapter
 from mmadapter.config import AdapterConfig, LlamaConfig
 from mmadapter.weights import expected_shapes, read_config
 
@@ -111,7 +111,8 @@ def describe(
 
 
 def _disk_bytes(path: Path) -> int:
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    """Size of an adapter file, or of the one in a folder of ours or of peft, where a training run may have more."""
+    files = [path] if path.is_file() else [*path.glob(FILE_NAME), *path.glob("adapter_model.*")][:1]
     return sum(file.stat().st_size for file in files)
 
 

@@ -17,15 +17,14 @@ from threading import Event
 from typing import NamedTuple
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from mmadapter import generate as decoding
 from mmadapter.adapter import Adapter, Prompts
-from mmadapter.checkpoint import AdapterFile, Fingerprint, load_adapter
+from mmadapter.checkpoint import AdapterFile, Fingerprint, find_adapter, load_adapter
 from mmadapter.config import VisionConfig
 from mmadapter.generate import Generated, Sampling
-from mmadapter.image import ImageSource, load_image
+from mmadapter.image import ImageSource, load_image, to_square
 from mmadapter.llama import Llama
 from mmadapter.prompts import CAPTION_INSTRUCTION, question_text, template
 from mmadapter.tokenizer import Tokenizer
@@ -82,6 +81,8 @@ def load(
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    if adapter is not None:
+        find_adapter(adapter)  # a name that is not there is told before the base is fetched and loaded
     weights = open_weights(llama)
     state = load_state_dict(weights, getattr(torch, dtype))
     model = Llama.from_state_dict(weights.config, state).to(place)
@@ -221,11 +222,12 @@ class Session:
             FileNotFoundError, ValueError: An image cannot be read, or the adapter in use does not see.
         """
         encoder = self.encoder
-        photos = [load_image(image) for image in images]
-        keys = [(encoder.config, _image_key(photo)) for photo in photos]
+        # Made small one by one: a batch of photos as they come from a camera would fill a gigabyte.
+        squares = [to_square(load_image(image), encoder.image_size, encoder.config.resize) for image in images]
+        keys = [(encoder.config, hashlib.sha256(square.tobytes()).digest()) for square in squares]
         # Looked up once: another thread's images may push these out at any moment.
         found = {key: self._features.get(key) for key in keys}
-        missing = {key: photo for key, photo in zip(keys, photos, strict=True) if found[key] is None}
+        missing = {key: square for key, square in zip(keys, squares, strict=True) if found[key] is None}
         if missing:
             found |= dict(zip(missing, encoder.features_of(list(missing.values())), strict=True))
         for key in keys:
@@ -431,7 +433,3 @@ def _stripped(pieces: Iterator[str]) -> Iterator[str]:
         if text.rstrip():
             begun = True
             yield text.rstrip()
-
-
-def _image_key(photo: Image) -> bytes:
-    return hashlib.sha256(repr(photo.size).encode() + photo.tobytes()).digest()

@@ -203,9 +203,10 @@ def test_an_error_is_tried_again(photos, tmp_path):
 def test_captions_of_other_pictures_stay(photos, tmp_path):
     out = tmp_path / "out.jsonl"
     Painter().run(photos[:2], out)
-    before = out.read_bytes()
+    before, inode = out.read_bytes(), out.stat().st_ino
     Painter().run(photos[2:3], out)
     assert out.read_bytes().startswith(before)
+    assert out.stat().st_ino == inode  # nothing to mend, so the file is not written anew
     assert len(lines_of(out)) == 3
 
 

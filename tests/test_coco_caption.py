@@ -140,6 +140,15 @@ def test_every_part_of_the_adapter_has_moved(world, trained, tmp_path):
     assert unmoved == ["projection.feature_mean", "projection.feature_std"]
 
 
+def test_prompts_and_image_token_start_at_the_scale_of_the_run_file(world, tmp_path):
+    still = ("--lr", "1e-30", "--gate-lr", "1e-30", "--prompt-std", "0.05")
+    assert main(command(world, world / "karpathy", tmp_path, *still)) == 0
+    state = load_file(tmp_path / "adapter.safetensors")
+    assert state["prompt"].std().item() == pytest.approx(0.05, rel=0.2)
+    assert state["projection.output_norm.weight"].tolist() == pytest.approx([0.05] * 32)
+    assert read_about(tmp_path / "adapter.safetensors").adapter.prompt_std == 0.05
+
+
 def test_a_finished_run_is_resumed_and_changes_nothing(world, trained, tmp_path):
     out = shutil.copytree(trained, tmp_path / "again")
     assert main(command(world, world / "karpathy", out)) == 0

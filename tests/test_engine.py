@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from tiny_training import write_llama
 
 from mmadapter.checkpoint import AdapterFile, Fingerprint, save_adapter
@@ -211,6 +212,27 @@ def test_batches_depend_on_seed_and_step_alone(step):
     torch.manual_seed(99)
     assert list(itertools.islice(batches_from(examples, config_of(), step), 12 - step)) == whole[step:]
     assert list(itertools.islice(batches_from(examples, config_of(seed=1), 0), 12)) != whole
+
+
+def test_each_step_draws_other_views_and_the_same_ones_in_another_run(tmp_path):
+    """A generator made anew from one number shows row r of every batch the same view, for ever."""
+
+    def seeds_of(folder: Path, **changes: object) -> list[int]:
+        run, seeds = trainer(folder, steps=6, **changes), []
+        lookup = run.features
+
+        def watched(rows: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+            seeds.extend([] if generator is None else [generator.initial_seed()])
+            return lookup(rows, generator)
+
+        run.features = watched
+        run.train()
+        return seeds
+
+    seeds = seeds_of(tmp_path / "one")
+    assert len(set(seeds)) == 6
+    assert seeds_of(tmp_path / "two") == seeds
+    assert set(seeds_of(tmp_path / "three", seed=1)).isdisjoint(seeds)
 
 
 # ------------------------------------------------------------------------------------------------------------ learning
@@ -540,6 +562,23 @@ def test_the_gradient_is_clipped_to_the_norm_and_logged_as_it_was(tmp_path):
     clipped = torch.stack([parameter.grad.norm() for parameter in run.model.adapter.parameters()]).norm()
     assert norm > 2e-3
     assert clipped.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_clip_of_zero_is_no_clipping(tmp_path):
+    run = trainer(tmp_path, clip=0.0)
+    norm = run._step(collate(rows(6)))["grad_norm"]
+    kept = torch.stack([parameter.grad.norm() for parameter in run.model.adapter.parameters()]).norm()
+    assert norm > 0
+    assert kept.item() == pytest.approx(norm)
+
+
+def test_the_loss_of_a_step_is_the_smoothed_mean_of_its_target_tokens(tmp_path):
+    """Of target tokens, not of rows: a short answer must not weigh as much as a long one."""
+    run = trainer(tmp_path, images=False, label_smoothing=0.3)
+    batch = collate(rows(6, images=False))
+    logits = run.model.llama(batch.tokens[:, :-1], prompts=run.model.adapter.prompts(run.model.llama))
+    expected = F.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten(), label_smoothing=0.3)
+    assert run._step(batch)["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_a_user_sees_loss_speed_and_time_left(tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import pytest
 import tiny_session
@@ -63,7 +64,7 @@ def test_a_base_has_the_size_of_the_model_itself(tiny):
 
 
 @pytest.mark.parametrize("name", ["sees", "reads"])
-def test_an_adapter_has_the_size_of_its_trained_parameters(tiny, name):
+def test_an_adapter_has_the_size_of_its_trained_parameters(tiny, tmp_path, name):
     adapter = getattr(tiny, name)
     text = describe(str(tiny.llama), str(adapter))
     trained = list(tiny.load(adapter)._adapter.parameters())
@@ -72,6 +73,10 @@ def test_an_adapter_has_the_size_of_its_trained_parameters(tiny, name):
     file = adapter / "adapter.safetensors"
     assert f"adapter       {adapter}, {file.stat().st_size / 1e6:.1f} MB on disk" in text
     assert describe(str(tiny.llama), str(file)).splitlines()[9:] == text.splitlines()[9:]
+    shutil.copytree(adapter, tmp_path / "run")
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(bytes(10**6))  # what a training run leaves beside it is not it
+    described = describe(str(tiny.llama), str(tmp_path / "run"))
+    assert described.replace(str(tmp_path / "run"), str(adapter)) == text
 
 
 def test_an_official_checkpoint_is_described_too(tiny, tmp_path):

@@ -92,6 +92,7 @@ def test_bfloat16_gives_nearly_the_logits_of_float32(tiny):
         ({"device": "cuda:99"}, ValueError, "device 'cuda:99' cannot be used: "),
         ({"adapter": "nowhere"}, FileNotFoundError, "no adapter 'nowhere'"),
         ({"llama": "nowhere"}, FileNotFoundError, "no LLaMA named 'nowhere'"),
+        ({"llama": "nowhere", "adapter": "no"}, FileNotFoundError, "no adapter 'no'"),  # before a base is fetched
     ],
 )
 def test_what_cannot_be_loaded_is_said_on_one_line(tiny, options, error, message):
