@@ -155,7 +155,9 @@ def caption_images(
 ) -> list[str]:
     """The model's caption of each image; those that `--predictions-out` already holds are not made again."""
     paths = {image.file_name: image_path(args.images, image) for image in images}
-    shots = {"examples": draw_shots(args, known)} if args.shots else {}
+    # The base alone does not see: with examples, even none, it is asked all the same, for the score of guessing.
+    blind = args.adapter == "none"
+    shots = {"examples": draw_shots(args, known) if args.shots else []} if args.shots or blind else {}
     captions = {} if args.predictions_out is None else read_kept(args.predictions_out, model_settings(args))
     todo = [image for image in images if image.file_name not in captions]
     if len(todo) < len(images):

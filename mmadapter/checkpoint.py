@@ -106,6 +106,7 @@ def save_adapter(path: Path, state: dict[str, Tensor], about: AdapterFile) -> No
     try:
         tensors = {name: tensor.detach().float().contiguous() for name, tensor in state.items()}
         save_file(tensors, temporary, {"mmadapter": json.dumps(metadata)})
+        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 EXAMPLE = """\
 Examples:
   python -m mmadapter caption assets/images
-  python -m mmadapter answer --image assets/images/coffee.jpg --question "What is on the table?"
+  python -m mmadapter answer --image assets/images/hopper.jpg --question "What is she wearing?"
   python -m mmadapter chat --prompt "Tell me about alpacas."
   python -m mmadapter info
 """
@@ -55,7 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
         commands,
         "answer",
         "answer a question about a photo",
-        'answer --image assets/images/coffee.jpg --question "What is this?" --choices coffee "a rocket"',
+        'answer --image assets/images/hopper.jpg --question "What is she wearing?" --choices "a hat" "a helmet"\n\n'
+        "The default adapter was trained on captions and never on questions: its answers are guesses.",
         run_answer,
     )
     answer.add_argument("--image", metavar="PATH", required=True)

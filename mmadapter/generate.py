@@ -76,7 +76,7 @@ class Generated:
     """One answer.
 
     Attributes:
-        text: Without stop texts and special tokens.
+        text: Without stop texts, special tokens and white space at its beginning.
         tokens: Generated ids, without the stop token.
         finish: "stop" (stop token or stop text), "length" (max_new_tokens or the end of the context) or "cancelled".
     """
@@ -413,14 +413,20 @@ def _pieces(
 
 
 class _Text:
-    """The text of one row, from its tokens."""
+    """The text of one row, from its tokens; white space before its first word is dropped.
+
+    Models put a line break before an answer, which as a stop text would end it before it has begun.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        self.decoder, self.stop, self.text = StreamDecoder(tokenizer), StopText(stop), ""
+        self.decoder, self.stop, self.text, self.begun = StreamDecoder(tokenizer), StopText(stop), "", False
 
     def push(self, token: int) -> bool:
         """Adds a token; True when a stop text has ended the answer."""
-        self.text += self.stop.push(self.decoder.push(token))
+        piece = self.decoder.push(token)
+        piece = piece if self.begun else piece.lstrip()
+        self.begun = self.begun or bool(piece)
+        self.text += self.stop.push(piece)
         return self.stop.stopped
 
     def finish(self) -> str:

@@ -425,11 +425,10 @@ class Session:
 
 
 def _stripped(pieces: Iterator[str]) -> Iterator[str]:
-    """The pieces without the white space at both ends of the text."""
-    held, begun = "", False
+    """The pieces without the white space at the end of the text."""
+    held = ""
     for piece in pieces:
-        text = held + piece if begun else piece.lstrip()
+        text = held + piece
         held = text[len(text.rstrip()) :]
-        if text.rstrip():
-            begun = True
+        if len(text) > len(held):
             yield text.rstrip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,8 +110,8 @@ def test_what_is_saved_comes_back(tmp_path: Path, gate: str, image: bool) -> Non
 def test_other_number_formats_are_stored_in_float32(tmp_path: Path) -> None:
     adapter = tiny.adapter(BASE).to(torch.bfloat16)
     save_adapter(tmp_path / FILE_NAME, adapter.state_dict(), about(adapter))
+    assert {tensor.dtype for tensor in load_file(tmp_path / FILE_NAME).values()} == {torch.float32}
     loaded, _ = load_adapter(tmp_path, BASE, FINGERPRINT)
-    assert loaded.prompt.dtype == torch.float32
     assert torch.equal(loaded.prompt, adapter.prompt.float())
 
 
@@ -127,16 +128,25 @@ def test_the_papers_adapter_has_its_number_of_parameters() -> None:
         assert sum(adapter_parameters(small.config, BASE).values()) == sum(p.numel() for p in small.parameters())
 
 
-def test_a_failed_save_leaves_nothing_and_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("step", ["write", "rename"])
+def test_a_failed_save_leaves_nothing_and_keeps_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
     path = tmp_path / FILE_NAME
     saved(path)
     before = path.read_bytes()
 
-    def fails(tensors: dict, file: Path, metadata: dict) -> None:
+    def half_written(tensors: dict, file: Path, metadata: dict) -> None:
         Path(file).write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(checkpoint, "save_file", fails)
+    def not_renamed(source: Path, target: Path) -> None:
+        raise OSError("no space left")
+
+    if step == "write":
+        monkeypatch.setattr(checkpoint, "save_file", half_written)
+    else:
+        monkeypatch.setattr(checkpoint.os, "replace", not_renamed)
     for target in (path, tmp_path / "other.safetensors"):
         with pytest.raises(OSError, match="no space left"):
             saved(target, scores={"CIDEr": 1.0})
@@ -182,7 +192,27 @@ def test_metadata_that_this_version_does_not_know_is_refused(tmp_path: Path) -> 
     path = tmp_path / FILE_NAME
     saved(path)
     rewrite(path, metadata=lambda facts: facts["adapter"].update(rank=4))
-    assert "unknown rank" in message(lambda: load_adapter(path, BASE, FINGERPRINT))
+    assert "unknown rank" in load_message(path)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "[]",
+        "3",
+        '{"format_version": 1}',
+        '{"format_version": 1, "adapter": 3}',
+        '{"format_version": 1, "adapter": {"layers": "2"}}',
+        '{"format_version": 1, "adapter": {"layers": 2}, "fingerprint": [1]}',
+    ],
+)
+def test_metadata_of_another_form_is_refused(tmp_path: Path, metadata: str) -> None:
+    path = tmp_path / FILE_NAME
+    adapter = saved(path)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in adapter.state_dict().items()}, path, {"mmadapter": metadata}
+    )
+    load_message(path)
 
 
 @pytest.mark.parametrize(
@@ -325,6 +355,11 @@ def without(file: dict[str, Tensor], name: str) -> dict[str, Tensor]:
         (official(gates=(1, 6, 1, 1)), "gate is (2, 6), expected (2, 4)"),
         ([torch.ones(1)], "it has no adapter_query.weight"),
         ({"adapter_query.weight": Path("x")}, "damaged or not a LLaMA-Adapter checkpoint"),  # any object may be code
+        (official() | {"adapter_query.weight": 3}, "adapter_query.weight"),
+        (official() | {"layers.1.attention.gate": 3}, "layers.1.attention.gate"),
+        (official() | {"layers.1.attention.gate": torch.ones(1, 3, 1, 1)}, "layers.1.attention.gate"),
+        (official() | {7: torch.ones(1)}, "holds 7, which is no part"),
+        (official(rows=0), "0 prompt rows"),
     ],
 )
 def test_what_is_wrong_with_an_official_file_is_said(tmp_path: Path, file: object, reason: str) -> None:
@@ -413,10 +448,49 @@ def test_damaged_peft_weights_are_named(tmp_path: Path, name: str, kept: int) ->
     assert "damaged" in load_message(tmp_path)
 
 
-@pytest.mark.parametrize("settings", [{"adapter_len": None}, {"adapter_layers": "two"}])
+@pytest.mark.parametrize("settings", [{"adapter_len": None}, {"adapter_layers": "two"}, {"adapter_layers": 0}])
 def test_a_peft_configuration_without_its_numbers_is_named(tmp_path: Path, settings: dict) -> None:
     write_peft(tmp_path, **settings)
     load_message(tmp_path)
+
+
+def test_a_peft_folder_that_holds_something_else_is_named(tmp_path: Path) -> None:
+    write_peft(tmp_path, binary=True)
+    torch.save([torch.ones(1)], tmp_path / "adapter_model.bin")
+    load_message(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("[]")
+    load_message(tmp_path)
+
+
+# ---- All kinds.
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("kind", ["own", "official", "official, old pickle", "peft", "peft bin"])
+def test_a_file_of_changed_bytes_loads_or_is_refused(tmp_path: Path, kind: str) -> None:
+    """torch raises whatever its reader stumbles over, such as KeyError, and pages of advice."""
+    path = target = tmp_path / ("adapter.pth" if kind.startswith("official") else FILE_NAME)
+    if kind == "own":
+        saved(path)
+    elif kind.startswith("official"):
+        torch.save(official(), path, _use_new_zipfile_serialization=kind == "official")
+    else:
+        target = tmp_path / "peft"
+        write_peft(target, binary=kind == "peft bin")
+        path = target / ("adapter_model.bin" if kind == "peft bin" else "adapter_model.safetensors")
+    whole, draw = path.read_bytes(), random.Random(0)
+    refusals = []
+    for _ in range(200):
+        changed = bytearray(whole)
+        for _ in range(draw.choice((1, 2, 8))):
+            changed[draw.randrange(min(len(whole), 900))] = draw.randrange(256)  # where names and shapes are
+        path.write_bytes(changed)
+        try:
+            load_adapter(target, BASE, FINGERPRINT, prompt_length=3)
+        except ValueError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 50
+    assert not [text for text in refusals if "\n" in text]
 
 
 # ---- Names.

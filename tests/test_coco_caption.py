@@ -20,9 +20,11 @@ from tiny_training import RUN, encoder_spec, write_coco, write_karpathy, write_l
 import mmadapter
 from mmadapter.captions import read_captions
 from mmadapter.checkpoint import read_about
+from mmadapter.config import VisionConfig
 from mmadapter.tokenizer import open_tokenizer
 from mmadapter.vision import load_encoder
 from training import coco_caption
+from training.cider import words
 from training.coco_caption import caption_examples, caption_text, feature_source, main, picture_paths, read_data
 from training.engine import Trainer
 
@@ -365,20 +367,68 @@ def test_rows_are_no_longer_than_asked_for(world):
     assert max(len(row.tokens) for row in caption_examples(images, tokenizer, "plain", max_tokens=12)) == 12
 
 
-def test_the_longest_row_is_that_of_the_run_file(world, tmp_path, monkeypatch):
-    seen = []
+@pytest.fixture
+def trainer_of(world, tmp_path, monkeypatch):
+    """What the command would train: the arguments that the engine gets."""
 
-    class Stop(Exception):  # noqa: N818
+    class Stop(BaseException):
         pass
 
-    def trainer(*_, train, **__):
-        seen.extend(len(row.tokens) for row in train)
-        raise Stop
+    def given(*flags: str, kind: str = "karpathy") -> dict:
+        taken = {}
 
-    monkeypatch.setattr(coco_caption, "Trainer", trainer)
-    with pytest.raises(Stop):
-        main(command(world, world / "karpathy", tmp_path, "--max-tokens", "11", "--debug"))
-    assert max(seen) == 11
+        def trainer(model, config, folder, **rest) -> None:
+            taken.update(rest, model=model, config=config)
+            raise Stop
+
+        monkeypatch.setattr(coco_caption, "Trainer", trainer)
+        with pytest.raises(Stop):
+            main(command(world, world / kind, tmp_path, *flags))
+        return taken
+
+    return given
+
+
+def test_the_longest_row_is_that_of_the_run_file(trainer_of):
+    assert max(len(row.tokens) for row in trainer_of("--max-tokens", "11")["train"]) == 11
+
+
+def test_every_row_meets_its_own_picture(world, trainer_of):
+    """Validation rows come behind the training rows in one table; one picture off, and the loss only falls slower."""
+    given = trainer_of()
+    train, validation, _ = read_data(world / "karpathy", 0)
+    encoder = load_encoder(VisionConfig(given["config"].vision, (), 32))
+    tokenizer = open_tokenizer(world / "llama")
+    for part, images in (("train", train), ("validation", validation)):
+        features = encoder.features_of(picture_paths(world / "karpathy", images)).half().float()
+        expected = [(image, row) for image, row in zip(images, features, strict=True) for _ in image.captions]
+        assert len(given[part]) == len(expected)
+        for row, (image, feature) in zip(given[part], expected, strict=True):
+            torch.testing.assert_close(
+                given["features"](torch.tensor([row.image]), None)[0], feature, rtol=2e-3, atol=1e-3
+            )
+            text = tokenizer.decode(row.tokens[row.prompt_tokens : -1])
+            assert text.strip() in [caption_text(caption) for caption in image.captions]
+
+
+def test_a_start_from_an_adapter_keeps_the_statistics_it_was_trained_with(trained, trainer_of):
+    """Other data have other means; the projection was trained on features standardised by the first."""
+    before = load_file(trained / "adapter.safetensors")["projection.feature_mean"]
+    fresh = trainer_of(kind="coco")["model"].adapter.projection.feature_mean
+    resumed = trainer_of("--init", str(trained / "adapter.safetensors"), kind="coco")["model"].adapter.projection
+    assert not torch.allclose(before, fresh, rtol=1e-2)
+    assert torch.equal(resumed.feature_mean, before)
+
+
+def test_the_reward_of_an_image_is_by_its_own_references(world, trainer_of):
+    given = trainer_of("--objective", "cider")
+    assert [row.image for row in given["train"]] == list(range(8)), "one row an image"
+    train, _, _ = read_data(world / "karpathy", 0)
+    reward = given["objective"].reward
+    for row in given["train"]:
+        own = caption_text(train[row.image].captions[0])
+        assert reward.references[row.image] == [words(caption_text(caption)) for caption in train[row.image].captions]
+        assert reward.score(row.image, own) > 0
 
 
 def test_karpathys_splits_are_taken_as_they_are(world):

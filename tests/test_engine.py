@@ -541,8 +541,8 @@ def test_the_log_holds_settings_losses_speed_and_validations(tmp_path):
     assert all(line["mean_abs_gate"] > 0 for line in validations[1:])
 
 
-def test_a_logged_loss_is_the_mean_of_its_ten_steps(tmp_path, monkeypatch):
-    run = trainer(tmp_path, steps=10)
+def test_a_logged_loss_is_the_mean_of_its_ten_steps_and_no_step_is_validated_twice(tmp_path, monkeypatch):
+    run = trainer(tmp_path, steps=20, eval_every=10)
     step, seen = run._step, []
 
     def watched(batch) -> dict[str, float]:
@@ -551,9 +551,13 @@ def test_a_logged_loss_is_the_mean_of_its_ten_steps(tmp_path, monkeypatch):
 
     monkeypatch.setattr(run, "_step", watched)
     run.train()
-    line = next(line for line in log_of(tmp_path) if "loss" in line)
-    for name in ("loss", "grad_norm"):
-        assert line[name] == pytest.approx(sum(figures[name] for figures in seen) / 10)
+    lines = [line for line in log_of(tmp_path) if "loss" in line]
+    for number, line in enumerate(lines):
+        for name in ("loss", "grad_norm"):
+            tenth = [figures[name] for figures in seen[10 * number : 10 * number + 10]]
+            assert line[name] == pytest.approx(sum(tenth) / 10)
+    assert [line["step"] for line in lines] == [10, 20]
+    assert [line["step"] for line in log_of(tmp_path) if "val_loss" in line] == [0, 10, 20]
 
 
 def test_the_gradient_is_clipped_to_the_norm_and_logged_as_it_was(tmp_path):

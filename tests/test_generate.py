@@ -477,7 +477,9 @@ def test_a_character_that_never_ends_is_one_replacement():
         ("the EN", ("END",), "the EN"),  # a start of a stop text, and no more
         ("a😀b", ("😀",), "a"),  # inside a character
         ("ab\ncd", ("\n",), "ab"),
-        ("\nab", ("\n",), ""),
+        ("\n \nab\ncd", ("\n",), "ab"),  # a line break before the answer does not end it
+        ("  a b", (), "a b"),
+        (" \n", ("\n",), ""),
     ],
 )
 def test_stop_texts_never_show_in_text_or_pieces(text, stop, expected):

@@ -97,6 +97,7 @@ def test_the_gradient_is_that_of_advantage_times_log_probability(drawn):
 
     assert {answer[-1] for answer in drawn.values()} >= STOPS, "both stop tokens must occur"
     assert any(len(answer) == LONGEST and answer[-1] not in STOPS for answer in drawn.values()), "and one that was cut"
+    assert not any(STOPS.intersection(answer[:-1]) for answer in drawn.values()), "each of them ends its answer"
     total, rewards = torch.zeros(()), []
     for place, image in enumerate(images):
         answers = [drawn[place * samples + number] for number in range(samples)]
@@ -194,6 +195,19 @@ def test_sampling_depends_on_the_seed_alone():
     assert all(torch.equal(gradient[name], same[name]) for name in gradient)
     assert draw(8)[0] != texts
     assert len(set(texts[:4])) > 1, "the samples of one image must differ"
+
+
+def test_captions_are_drawn_from_the_models_own_distribution(drawn):
+    """The policy gradient holds for samples at temperature 1 only: colder ones overrate what is likely already."""
+    model, features, samples = adapted(), tiny.features(1), 4000
+    objective = SelfCritical(Letters(), QUESTION, Reward(varied), samples=samples, max_new_tokens=1)
+    objective(model, batch_of([0]), features, None, seed=1)
+    prompts = model.adapter.prompts(model.llama, features)
+    logits = model.llama(torch.tensor([QUESTION]), prompts=prompts)[0, -1]
+    counts = torch.bincount(torch.tensor([answer[0] for answer in drawn.values()]), minlength=SHAPE.vocab_size)
+    off = (counts / samples - logits.softmax(-1)).abs().sum()
+    colder = ((logits / 0.9).softmax(-1) - logits.softmax(-1)).abs().sum()
+    assert off < 0.08 < colder
 
 
 def test_a_text_adapter_learns_without_images():
