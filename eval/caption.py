@@ -28,7 +28,7 @@ from mmadapter.captions import (
     read_captions,
     select_split,
 )
-from mmadapter.options import add_model_options, load_session, main_with_errors
+from mmadapter.options import Parser, add_model_options, load_session, main_with_errors
 from mmadapter.record import file_sha256, git_commit, write_json
 
 DESCRIPTION = """\
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m eval.caption",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import pickle
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -174,13 +173,18 @@ def read_about(path: Path) -> AdapterFile:
         raise ValueError(f"{path} is damaged or not an adapter file: {error}") from error
     if metadata is None:
         raise ValueError(f"{path} is a safetensors file without the metadata of an mmadapter adapter")
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path} is damaged: its metadata is {type(metadata).__name__}, expected an object")
     version = metadata.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} is of format version {version}, this program reads {FORMAT_VERSION}; update it")
-    for key, cls in (("adapter", AdapterConfig), ("fingerprint", Fingerprint), ("vision", VisionConfig)):
-        if metadata.get(key) is not None:
-            metadata[key] = from_dict(cls, metadata[key])
-    return from_dict(AdapterFile, metadata)
+    try:
+        for key, cls in (("adapter", AdapterConfig), ("fingerprint", Fingerprint), ("vision", VisionConfig)):
+            if metadata.get(key) is not None:
+                metadata[key] = from_dict(cls, metadata[key])
+        return from_dict(AdapterFile, metadata)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: its metadata cannot be read: {error}") from error
 
 
 def _load_own(path: Path, base: LlamaConfig, fingerprint: Fingerprint) -> tuple[Adapter, AdapterFile]:
@@ -208,25 +212,33 @@ def _load_official(path: Path, base: LlamaConfig, prompt_length: int, gate: str)
     if not isinstance(file, dict) or "adapter_query.weight" not in file:
         raise ValueError(f"{path} is no LLaMA-Adapter checkpoint: it has no adapter_query.weight")
     query = file.pop("adapter_query.weight")  # [K * L, C]
+    if not isinstance(query, Tensor) or query.ndim == 0:
+        raise ValueError(f"{path}: adapter_query.weight is no matrix")
     if query.ndim != 2 or query.shape[1] != base.width:
         raise ValueError(f"{path} was trained on a base of width {query.shape[-1]}, this one has {base.width}")
-    if query.shape[0] % prompt_length:
+    if query.shape[0] == 0 or query.shape[0] % prompt_length:
         raise ValueError(
             f"{path} has {query.shape[0]} prompt rows, which K={prompt_length} does not divide; set --prompt-length"
         )
     layers = query.shape[0] // prompt_length
     gates = {}
-    for key in sorted(file):
-        match = re.fullmatch(r"layers\.(\d+)\.attention\.gate", key)
+    for key, value in file.items():
+        match = re.fullmatch(r"layers\.(\d+)\.attention\.gate", str(key))
         if not match:
             raise ValueError(f"{path} holds {key}, which is no part of a LLaMA-Adapter checkpoint of prompts and gates")
-        gates[int(match[1])] = file[key]
+        gates[int(match[1])] = value
     first = base.layers - layers
     missing = [layer for layer in range(max(first, 0), base.layers) if layer not in gates]
     if first < 0 or missing or max(gates) >= base.layers:
         raise ValueError(
             f"{path} adapts {layers} layers and has gates for {len(gates)}; this base has {base.layers} layers"
         )
+    for layer in range(first, base.layers):
+        value = gates[layer]
+        if not isinstance(value, Tensor) or value.numel() != (1 if gate == "scalar" else base.heads):
+            size = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            wanted = "one number" if gate == "scalar" else f"a number for each of {base.heads} heads"
+            raise ValueError(f"{path}: layers.{layer}.attention.gate is {size}, expected {wanted} with --gate {gate}")
     state = {
         "prompt": query.view(layers, prompt_length, base.width),
         "gate": torch.stack([gates[layer].flatten() for layer in range(first, base.layers)]),  # [L, H]
@@ -245,7 +257,7 @@ def _read_tensors(path: Path, kind: str) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, weights_only=True, map_location="cpu")
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError) as error:
+    except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is damaged or not {kind}: {reason}") from error
 
@@ -256,6 +268,8 @@ def _load_peft(folder: Path, base: LlamaConfig) -> tuple[Adapter, AdapterFile]:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{folder / 'adapter_config.json'} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{folder / 'adapter_config.json'} is no JSON object")
     if settings.get("peft_type") != "ADAPTION_PROMPT":
         raise ValueError(f"{folder} is a peft adapter of type {settings.get('peft_type')}, expected ADAPTION_PROMPT")
     weights = folder / "adapter_model.safetensors"
@@ -265,8 +279,12 @@ def _load_peft(folder: Path, base: LlamaConfig) -> tuple[Adapter, AdapterFile]:
         raise FileNotFoundError(f"{folder} has neither adapter_model.safetensors nor adapter_model.bin")
     file = _read_tensors(weights, "the weights of a peft adapter")
     for key in ("adapter_layers", "adapter_len"):
-        if not isinstance(settings.get(key), int):
-            raise ValueError(f"{folder / 'adapter_config.json'}: {key} must be a number, got {settings.get(key)!r}")
+        if not isinstance(settings.get(key), int) or settings[key] < 1:
+            raise ValueError(
+                f"{folder / 'adapter_config.json'}: {key} must be a number from 1, got {settings.get(key)!r}"
+            )
+    if not isinstance(file, dict) or not all(isinstance(tensor, Tensor) for tensor in file.values()):
+        raise ValueError(f"{weights} is damaged: it holds something other than named tensors")
     config = AdapterConfig(settings["adapter_layers"], settings["adapter_len"], "scalar")
     prompts, gates = {}, {}
     for key, tensor in file.items():

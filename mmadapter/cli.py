@@ -7,9 +7,9 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from mmadapter.options import add_model_options, load_session, main_with_errors, resolve_dtype
+from mmadapter.options import Parser, add_model_options, load_session, main_with_errors, resolve_dtype
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,13 +23,6 @@ Examples:
   python -m mmadapter chat --prompt "Tell me about alpacas."
   python -m mmadapter info
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """Misuse is one line on standard error, as every other error; argparse would put all options before it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

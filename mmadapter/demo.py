@@ -1,8 +1,4 @@
-"""What it can do, in a minute: captions for the sample pictures, one turn of chat, and the time each took.
-
-Example:
-    python -m mmadapter.demo
-"""
+"""What it can do, in a minute: captions for the sample pictures, one turn of chat, and the time each took."""
 
 from __future__ import annotations
 
@@ -13,15 +9,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmadapter.options import add_model_options, load_session, main_with_errors
+from mmadapter.options import Parser, add_model_options, load_session, main_with_errors
 
 PICTURES = Path(__file__).resolve().parents[1] / "assets" / "images"
 QUESTION = "Tell me about alpacas."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m mmadapter.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="python -m mmadapter.demo",
+        description=f"Example:\n  python -m mmadapter.demo\n\n{__doc__}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_options(parser)
     arguments = parser.parse_args(argv)

@@ -58,7 +58,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     Args:
         q: [B, H, T, D].
         k, v: [B, G, S, D].
-        mask: True where a query may look, [1 or B, 1, T, S]; None is causal, the last query at the last key.
+        mask: True where a query may look, [1 or B, 1, T, S]; None is causal, and then T equals S or 1.
 
     Returns:
         [B, H, T, D].

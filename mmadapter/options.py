@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from mmadapter.config import GATES
 
@@ -19,6 +19,20 @@ if TYPE_CHECKING:
     import torch
 
     from mmadapter.session import Session
+
+
+class Parser(argparse.ArgumentParser):
+    """Help that opens with the description, where our examples stand, and misuse in one line, as every other error."""
+
+    def format_help(self) -> str:
+        description, self.description = self.description, None
+        try:
+            return f"{(description or '').strip()}\n\n{super().format_help()}"
+        finally:
+            self.description = description
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -325,7 +325,7 @@ def test_the_first_official_release_had_one_gate_a_layer(tmp_path: Path) -> None
     torch.save(file, path)
     loaded, _ = load_adapter(path, BASE, FINGERPRINT, prompt_length=3, gate="scalar")
     assert torch.equal(loaded.gate[:, 0], torch.cat([file[f"layers.{i}.attention.gate"] for i in (1, 2)]))
-    assert "gate is (2, 1), expected (2, 4)" in load_message(path, prompt_length=3)
+    assert "gate is (1,), expected a number for each of 4 heads with --gate tanh" in load_message(path, prompt_length=3)
     torch.save(official(), path)
     assert "gate is (2, 4), expected (2, 1)" in load_message(path, prompt_length=3, gate="scalar")
 
@@ -352,7 +352,7 @@ def without(file: dict[str, Tensor], name: str) -> dict[str, Tensor]:
         (without(official(), "adapter_query.weight"), "it has no adapter_query.weight"),
         (official() | {"adapter_query.weight": torch.ones(6, 5)}, "a base of width 5, this one has 24"),
         (official() | {"layers.1.attention.wq.lora": torch.ones(1)}, "layers.1.attention.wq.lora, which is no part"),
-        (official(gates=(1, 6, 1, 1)), "gate is (2, 6), expected (2, 4)"),
+        (official(gates=(1, 6, 1, 1)), "gate is (1, 6, 1, 1), expected a number for each of 4 heads with --gate tanh"),
         ([torch.ones(1)], "it has no adapter_query.weight"),
         ({"adapter_query.weight": Path("x")}, "damaged or not a LLaMA-Adapter checkpoint"),  # any object may be code
         (official() | {"adapter_query.weight": 3}, "adapter_query.weight"),

@@ -315,7 +315,7 @@ def help_of(capsys: pytest.CaptureFixture, *words: str) -> str:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_opens_with_an_example_that_parses(capsys, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "100")
-    _, _, description = help_of(capsys, command).partition("\n\n")
+    description = help_of(capsys, command)
     heading, example = description.splitlines()[:2]
     assert heading == "Example:"
     assert example.startswith(f"  python -m mmadapter {command} ")
@@ -323,8 +323,7 @@ def test_help_opens_with_an_example_that_parses(capsys, monkeypatch, command):
 
 
 def test_help_of_the_program_opens_with_examples_that_parse(capsys):
-    text = help_of(capsys)
-    _, _, description = text.partition("\n\n")
+    text = description = help_of(capsys)
     assert description.startswith("Examples:\n")
     examples = [line for line in description.splitlines() if line.startswith("  python -m mmadapter ")]
     for example in examples:

@@ -308,23 +308,25 @@ def test_a_missing_run_file_is_named(world, tmp_path, capsys):
     assert f"no run file {tmp_path / 'absent.toml'}" in error_of(capsys, argv)
 
 
-def test_misuse_exits_with_2(capsys):
+def test_misuse_is_one_line_and_exits_with_2(capsys):
     with pytest.raises(SystemExit) as exited:
         main([])
     assert exited.value.code == 2
-    assert "--config" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "--config" in error
+    assert error.count("\n") == 1
 
 
 def test_help_opens_with_an_example_whose_run_file_is_there(capsys):
     with pytest.raises(SystemExit) as exited:
         main(["--help"])
     assert exited.value.code == 0
-    shown = capsys.readouterr().out
-    example = next(
-        line.split() for line in shown.splitlines() if line.startswith("    python -m training.coco_caption")
-    )
-    assert (ROOT / example[example.index("--config") + 1]).is_file()
-    assert shown.index("Example:") < shown.index("--batch-size")
+    heading, example, *_ = capsys.readouterr().out.splitlines()
+    parts = example.split()
+    assert heading == "Example:"
+    assert parts[:3] == ["python", "-m", "training.coco_caption"]
+    assert (ROOT / parts[parts.index("--config") + 1]).is_file()
 
 
 # ----------------------------------------------------------------------------------------------------------- the pieces

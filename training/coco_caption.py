@@ -1,9 +1,6 @@
 """Trains a caption adapter on COCO Caption, or on any data set in COCO's or Karpathy's annotation format.
 
-Example:
-    python -m training.coco_caption --config training/configs/flickr8k_caption.toml --data DIR
-
-DIR holds the annotation file and the pictures: `dataset_*.json` (Karpathy's split) beside `images/`, or
+The data folder holds the annotation file and the pictures: `dataset_*.json` (Karpathy's split) beside `images/`, or
 `annotations/captions_*.json` beside the folders the file names are in.
 """
 
@@ -22,7 +19,7 @@ from mmadapter.captions import CaptionedImage, read_captions
 from mmadapter.checkpoint import FILE_NAME, AdapterFile, save_adapter
 from mmadapter.config import VisionConfig
 from mmadapter.data import Example, cached_features, make_example
-from mmadapter.options import main_with_errors
+from mmadapter.options import Parser, main_with_errors
 from mmadapter.prompts import CAPTION_INSTRUCTION, template
 from mmadapter.record import file_sha256, git_commit
 from mmadapter.tokenizer import Tokenizer
@@ -32,6 +29,10 @@ from training.cider import CiderD
 from training.config import add_overrides, overrides_of, read_config
 from training.engine import Features, Trainer, open_base
 from training.self_critical import SelfCritical
+
+EXAMPLE = """\
+Example:
+  python -m training.coco_caption --config training/configs/flickr8k_caption.toml --data DIR"""
 
 
 def caption_text(raw: str) -> str:
@@ -125,10 +126,10 @@ def feature_source(table: Tensor) -> Features:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m training.coco_caption",
         usage="%(prog)s --config FILE --data DIR [--out DIR] [overrides of the run file]",
-        description=__doc__,
+        description=f"{EXAMPLE}\n\n{__doc__}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="run file (TOML)")
