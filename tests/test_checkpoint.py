@@ -327,7 +327,9 @@ def test_the_first_official_release_had_one_gate_a_layer(tmp_path: Path) -> None
     assert torch.equal(loaded.gate[:, 0], torch.cat([file[f"layers.{i}.attention.gate"] for i in (1, 2)]))
     assert "gate is (1,), expected a number for each of 4 heads with --gate tanh" in load_message(path, prompt_length=3)
     torch.save(official(), path)
-    assert "gate is (2, 4), expected (2, 1)" in load_message(path, prompt_length=3, gate="scalar")
+    assert "gate is (1, 4, 1, 1), expected one number with --gate scalar" in load_message(
+        path, prompt_length=3, gate="scalar"
+    )
 
 
 def test_an_official_file_in_half_precision_becomes_float32(tmp_path: Path) -> None:
