@@ -65,7 +65,8 @@ def test_the_default_llama_gives_the_logits_of_transformers() -> None:
     del theirs
     weights = open_weights("smollm2-135m")
     model = Llama.from_state_dict(weights.config, load_state_dict(weights, torch.float32))
-    torch.testing.assert_close(model(tokens), expected, atol=1e-3, rtol=0)
+    # Logits reach 33, where float32 itself is off by some 1e-5 in each: hence a share of the size beside the 1e-4.
+    torch.testing.assert_close(model(tokens), expected, atol=1e-4, rtol=1e-5)
 
 
 @torch.no_grad()
