@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 from tqdm import tqdm
 
 from mmadapter.image import IMAGE_SUFFIXES, load_image, to_square
+from mmadapter.record import replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -185,18 +186,10 @@ def _take_up(out: Path) -> set[str]:
             kept[entry["image"]] = line.rstrip(b"\n") + b"\n"
     repaired = b"".join(kept.values())
     if repaired != content:
-        _replace(out.resolve(), repaired)
+        with replacing(out.resolve()) as temporary:
+            temporary.write_bytes(repaired)
     return set(kept)
 
 
 def _foreign(out: Path, number: int) -> ValueError:
     return ValueError(f"{out}, line {number}, is not a caption; choose another --out file")
-
-
-def _replace(file: Path, content: bytes) -> None:
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mmadapter.adapter import Adapter
 from mmadapter.config import AdapterConfig, LlamaConfig, VisionConfig, from_dict
+from mmadapter.record import replacing
 from mmadapter.vision import ImageProjection
 from mmadapter.weights.store import cache_folder
 
@@ -100,15 +101,11 @@ class AdapterFile:
 def save_adapter(path: Path, state: dict[str, Tensor], about: AdapterFile) -> None:
     """Writes one adapter file, all of it or nothing."""
     metadata = {"format_version": FORMAT_VERSION, **dataclasses.asdict(about)}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        tensors = {name: tensor.detach().float().contiguous() for name, tensor in state.items()}
+    tensors = {name: tensor.detach().float().contiguous() for name, tensor in state.items()}
+    with replacing(path) as temporary:
         save_file(tensors, temporary, {"mmadapter": json.dumps(metadata)})
         temporary.chmod(0o644)  # safetensors makes files that only their owner can read
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def find_adapter(name: str | os.PathLike) -> Path:

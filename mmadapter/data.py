@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,7 +112,7 @@ def cached_features(encoder, paths: Sequence[Path], folder: Path, *, views: int 
     from safetensors.torch import load_file, save_file
     from tqdm import tqdm
 
-    from mmadapter import image
+    from mmadapter import image, record
 
     content = hashlib.sha256()
     for path in paths:
@@ -134,11 +133,7 @@ def cached_features(encoder, paths: Sequence[Path], folder: Path, *, views: int 
                         for index, photo in enumerate(batch)
                     ]
                 parts.append(encoder.features_of(batch).half())
-            temporary = file.with_suffix(f".{os.getpid()}.tmp")
-            try:
+            with record.replacing(file) as temporary:
                 save_file({"features": torch.cat(parts)}, temporary)
-                os.replace(temporary, file)
-            finally:
-                temporary.unlink(missing_ok=True)
         rows.append(load_file(file)["features"])
     return torch.stack(rows)
