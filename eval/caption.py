@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import os
 import random
 import shlex
 import sys
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from eval.caption_metrics import METRICS, CaptionScores, java_version, require_pycocoevalcap, score_captions
+from eval.records import kept_line, note, prepare_outputs, provenance, read_kept
 from mmadapter.captions import (
     CaptionedImage,
     base_name,
@@ -29,7 +26,7 @@ from mmadapter.captions import (
     select_split,
 )
 from mmadapter.options import Parser, add_model_options, load_session, main_with_errors
-from mmadapter.record import file_sha256, git_commit, write_json
+from mmadapter.record import file_sha256, write_json
 
 DESCRIPTION = """\
 python -m eval.caption --annotations dataset_flickr8k.json --predictions captions.jsonl --json scores.json
@@ -41,7 +38,6 @@ by pycocoevalcap. Annotations are COCO's JSON or Karpathy's dataset_*.json. Pred
 METEOR, SPICE and COCO's tokenizer are Java programs; what cannot be computed is left out and said so.
 """
 TASK_VERSION = 1
-NOT_KEPT = "is not a caption that this command kept; name another --predictions-out"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,11 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace, command: str) -> int:
     """Collect the captions, score them, print the table and write the record."""
     require_pycocoevalcap()
-    for out in (args.json, args.predictions_out):
-        if out is not None:
-            if out.is_dir():
-                raise ValueError(f"{out} is a folder; give a file name")
-            out.parent.mkdir(parents=True, exist_ok=True)  # better now than after an hour of captioning
+    prepare_outputs(args.json, args.predictions_out)
     known = read_captions(args.annotations)
     split = None
     if known[0].split is not None:
@@ -135,12 +127,9 @@ def run(args: argparse.Namespace, command: str) -> int:
             "task": "caption",
             "version": TASK_VERSION,
             "model": None if args.adapter is None else model_settings(args),
-            "command": command,
-            "git_commit": git_commit(),
+            **provenance(command, ("pycocoevalcap", "numpy"), java=java_version()),
             "data_hash": file_sha256(args.annotations),
             "predictions_hash": predictions_hash,
-            "versions": versions(),
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "examples": [
                 {"image": image.file_name, "caption": caption, "CIDEr": cider}
                 for image, caption, cider in zip(images, captions, scores.cider_of_image, strict=True)
@@ -158,7 +147,12 @@ def caption_images(
     # The base alone does not see: with examples, even none, it is asked all the same, for the score of guessing.
     blind = args.adapter == "none"
     shots = {"examples": draw_shots(args, known) if args.shots else []} if args.shots or blind else {}
-    captions = {} if args.predictions_out is None else read_kept(args.predictions_out, model_settings(args))
+    captions = {}
+    if args.predictions_out is not None:
+        kept = read_kept(
+            args.predictions_out, model_settings(args), ("image", "caption"), "caption", "--predictions-out"
+        )
+        captions = {line["image"]: line["caption"] for line in kept}
     todo = [image for image in images if image.file_name not in captions]
     if len(todo) < len(images):
         note(
@@ -198,37 +192,7 @@ def model_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def prediction_line(args: argparse.Namespace, image: CaptionedImage, caption: str) -> str:
-    record = {"image": image.file_name, "caption": caption, "model": model_settings(args)}
-    return json.dumps(record, ensure_ascii=False) + "\n"
-
-
-def read_kept(path: Path, settings: dict[str, Any]) -> dict[str, str]:
-    """The captions that an earlier run of the same model left in `path`, by file name.
-
-    Raises:
-        ValueError: The file holds something else, or another model's captions.
-    """
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    complete, _, torn = content.rpartition(b"\n")
-    kept = {}
-    for number, line in enumerate(filter(None, complete.split(b"\n")), 1):
-        try:
-            record = json.loads(line)
-            image, caption, model = record["image"], record["caption"], record["model"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}, line {number} {NOT_KEPT}") from None
-        if model != settings:
-            raise ValueError(
-                f"{path} holds captions of another model ({json.dumps(model)}); delete it or name another file"
-            )
-        kept[image] = caption
-    if torn:  # the earlier run was stopped while it wrote this line
-        if not b'{"image": '.startswith(torn[:10]):
-            raise ValueError(f"{path}, last line {NOT_KEPT}")
-        os.truncate(path, len(content) - len(torn))
-    return kept
+    return kept_line({"image": image.file_name, "caption": caption}, model_settings(args))
 
 
 def print_table(annotations: Path, split: str | None, images: Sequence[CaptionedImage], scores: CaptionScores) -> None:
@@ -239,21 +203,6 @@ def print_table(annotations: Path, split: str | None, images: Sequence[Captioned
     for metric in METRICS:
         value = scores.metrics[metric]
         print(f"  {metric:8} {'left out' if value is None else f'{value:8.4f}'}")
-
-
-def note(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-def versions() -> dict[str, str | None]:
-    """The programs that had a part in the scores; None for one that is not installed."""
-    found: dict[str, str | None] = {"python": sys.version.split()[0], "java": java_version()}
-    for package in ("mmadapter", "pycocoevalcap", "numpy", "torch"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
 
 
 if __name__ == "__main__":

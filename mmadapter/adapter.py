@@ -6,7 +6,7 @@ For an adapted layer with prompt P_l [K, C], image token I [B, C], rotated query
     out    = softmax(q k^T / sqrt(D)) v + phi(g) * softmax(q k_p^T / sqrt(D)) v_p,   k_p, v_p = W_k P, W_v P
 
 The second term is `PromptKV.attend`; `Adapter.prompts` makes k_p, v_p and phi(g) once, for as long as adapter and
-image stay the same.
+image stay the same. An adapter may also tune the base's linears and norms (`tuning`).
 
 Shapes: B batch, T tokens, C width, H query heads, G key/value heads, D head width, N layers, L adapted layers,
 K prompt length, F width of the image features.
@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmadapter.config import AdapterConfig
-from mmadapter.llama import Llama
+from mmadapter.config import AdapterConfig, LlamaConfig
+from mmadapter.llama import UNTUNED, LayerTuning, Llama
+from mmadapter.tuning import Tuning, select_tuning, stack_tuning
 from mmadapter.vision import ImageProjection
 
 
@@ -71,28 +72,43 @@ class PromptKV:
         return PromptKV(pick(self.key), pick(self.value), pick(self.gate), mask)
 
 
-Prompts = tuple[PromptKV | None, ...]  # one entry for each of the N layers; None where a layer is not adapted
+@dataclass(frozen=True)
+class Prompts:
+    """What an adapter adds to a batch, ready for the model.
+
+    Attributes:
+        layers: The adaption prompts of each of the N layers; None where a layer has none.
+        tuning: Of each of the N layers; `UNTUNED` where no row has any.
+        norm: Difference to the weight of the final norm, [1 or B, 1, C]; None where no row has any.
+    """
+
+    layers: tuple[PromptKV | None, ...]
+    tuning: tuple[LayerTuning, ...]
+    norm: Tensor | None = None
 
 
 class Adapter(nn.Module):
-    """Everything that is trained: prompts, gates and, for images, the projection to the image token.
+    """Everything that is trained: prompts, gates, perhaps the tuning, and for images the projection to the image token.
 
     Its parameters are the one list that freezing, counting, the optimiser and saving go by.
 
     Args:
-        config: L, K, gate variant, scale of the prompts at the start.
-        width: Model width of the base, C.
-        heads: Query heads of the base, H.
+        config: L, K, gate variant, scale of the prompts at the start, what is tuned.
+        base: Shape of the base.
         projection: Image features [B, F] -> image token [B, C]; None for a text adapter.
+
+    Raises:
+        ValueError: The base has fewer layers than the adapter.
     """
 
-    def __init__(
-        self, config: AdapterConfig, *, width: int, heads: int, projection: ImageProjection | None = None
-    ) -> None:
+    def __init__(self, config: AdapterConfig, base: LlamaConfig, *, projection: ImageProjection | None = None) -> None:
         super().__init__()
-        self.config = config
-        self.prompt = nn.Parameter(torch.randn(config.layers, config.prompt_length, width) * config.prompt_std)
-        self.gate = nn.Parameter(torch.zeros(config.layers, 1 if config.gate == "scalar" else heads))
+        if config.layers > base.layers:
+            raise ValueError(f"an adapter of {config.layers} layers does not fit a base of {base.layers}")
+        self.config, self.base = config, base
+        self.prompt = nn.Parameter(torch.randn(config.layers, config.prompt_length, base.width) * config.prompt_std)
+        self.gate = nn.Parameter(torch.zeros(config.layers, 1 if config.gate == "scalar" else base.heads))
+        self.tuning = Tuning(base) if config.tune == "prompts+bias+scale+norm" else None
         self.projection = projection
 
     def gate_values(self) -> Tensor:
@@ -107,23 +123,20 @@ class Adapter(nn.Module):
         has_image: Tensor | None = None,
         strength: float = 1.0,
     ) -> Prompts:
-        """Keys, values and gates of every layer, computed once for an adapter and its images.
-
-        W_v is linear, so W_v (P_l + I) = W_v P_l + W_v I: K + B rows instead of K * B. W_k I would add q . W_k I to all
-        K scores of a query alike, which no softmax sees, so the keys are W_k P_l whatever the image.
+        """Keys, values and gates of every layer, and its tuning, computed once for an adapter and its images.
 
         Args:
             llama: The base whose W_k and W_v are used.
             features: Image features, [B, F]; None for text.
             has_image: False where a row takes no image token, [B]; None: every row of `features` has one.
-            strength: Factor on phi(g): 0 is the base model, 1 the adapter as trained.
+            strength: Factor on phi(g) and on what the tuning changes: 0 is the base model, 1 the adapter as trained.
 
         Raises:
-            ValueError: The base has too few layers, or features were given to a text adapter.
+            ValueError: The base is not the adapter's, or features were given to a text adapter.
         """
-        first = llama.config.layers - self.config.layers
-        if first < 0:
-            raise ValueError(f"an adapter of {self.config.layers} layers does not fit a base of {llama.config.layers}")
+        N = self.base.layers
+        if llama.config.layers != N:
+            raise ValueError(f"an adapter for a base of {N} layers does not fit one of {llama.config.layers}")
         if features is not None and self.projection is None:
             raise ValueError("this adapter was trained without images; load one that has an image encoder")
         token = None
@@ -131,29 +144,26 @@ class Adapter(nn.Module):
             token = self.projection(features)  # [B, C]
             if has_image is not None:
                 token = token * has_image[:, None]
-        gates = (self.gate_values() * strength).expand(-1, llama.config.heads)  # [L, H]
-        result: list[PromptKV | None] = [None] * first
-        for block, prompt, gate in zip(llama.layers[first:], self.prompt, gates, strict=True):
-            attention = block.attention
-            prompt = prompt.to(llama.dtype)
-            key = _split_heads(attention.wk(prompt), attention.kv_heads)[None]  # [1, G, K, D]
-            value = _split_heads(attention.wv(prompt), attention.kv_heads)[None]  # [1, G, K, D]
-            if token is not None:
-                image_value = attention.wv(token.to(llama.dtype))  # [B, G * D]
-                value = value + image_value.view(len(token), attention.kv_heads, 1, -1)  # [B, G, K, D]
-            result.append(PromptKV(key, value, gate.to(llama.dtype)[None]))
-        return tuple(result)
+            token = token.to(llama.dtype)
+        tuning, norm = ((UNTUNED,) * N, None) if self.tuning is None else self.tuning(llama.dtype, strength)
+        gates = (self.gate_values() * strength).expand(-1, llama.config.heads).to(llama.dtype)  # [L, H]
+        first = N - self.config.layers
+        layers: list[PromptKV | None] = [None] * first
+        for block, prompt, gate, tuned_by in zip(
+            llama.layers[first:], self.prompt.to(llama.dtype), gates, tuning[first:], strict=True
+        ):
+            key, value = block.prompt_keys_values(prompt, token, tuned_by)
+            layers.append(PromptKV(key, value, gate[None]))
+        return Prompts(tuple(layers), tuning, norm)
 
-
-def _split_heads(x: Tensor, heads: int) -> Tensor:
-    """[K, G * D] -> [G, K, D]."""
-    return x.view(x.shape[0], heads, -1).transpose(0, 1)
+    forward = prompts  # what wraps a module, such as DistributedDataParallel, sees calls of `forward` alone
 
 
 def stack_prompts(rows: Sequence[Prompts | None]) -> Prompts | None:
     """Puts the prompts of single rows into one batch, whatever adapter, image and K each of them has.
 
-    A row whose adapter leaves a layer alone, or that has no adapter (None), gets a gate of zero there.
+    A row whose adapter leaves a layer alone, or that has no adapter (None), gets a gate of zero there, and one whose
+    adapter tunes nothing a tuning that changes nothing.
 
     Args:
         rows: For each row its prompts with B = 1, or None.
@@ -166,7 +176,14 @@ def stack_prompts(rows: Sequence[Prompts | None]) -> Prompts | None:
         return None
     if all(row is rows[0] for row in rows):
         return rows[0]
-    return tuple(_stack_layer([None if row is None else row[layer] for row in rows]) for layer in range(len(given[0])))
+    layers = range(len(given[0].layers))
+    prompts = tuple(_stack_layer([None if row is None else row.layers[layer] for row in rows]) for layer in layers)
+    tuning = tuple(stack_tuning([UNTUNED if row is None else row.tuning[layer] for row in rows]) for layer in layers)
+    norms = [None if row is None else row.norm for row in rows]
+    some = next((norm for norm in norms if norm is not None), None)
+    if some is None:
+        return Prompts(prompts, tuning)
+    return Prompts(prompts, tuning, torch.cat([torch.zeros_like(some) if norm is None else norm for norm in norms]))
 
 
 def _stack_layer(rows: Sequence[PromptKV | None]) -> PromptKV | None:
@@ -199,4 +216,8 @@ def select_prompts(prompts: Prompts | None, rows: Tensor) -> Prompts | None:
     """The rows of index `rows` [B'] of a batch's prompts; a row may be taken more than once."""
     if prompts is None:
         return None
-    return tuple(None if layer is None else layer.select(rows) for layer in prompts)
+    layers = tuple(None if layer is None else layer.select(rows) for layer in prompts.layers)
+    norm = prompts.norm
+    if norm is None or len(norm) == 1:
+        return Prompts(layers, prompts.tuning, norm)
+    return Prompts(layers, tuple(select_tuning(layer, rows) for layer in prompts.tuning), norm[rows])

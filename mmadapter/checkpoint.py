@@ -196,9 +196,7 @@ def _load_own(path: Path, base: LlamaConfig, fingerprint: Fingerprint) -> tuple[
     if about.vision is not None:
         feature_width = len(state["projection.feature_mean"]) if "projection.feature_mean" in state else 1
         projection = ImageProjection(feature_width, base.width, about.projection_width)
-    return _filled(
-        path, Adapter(about.adapter, width=base.width, heads=base.heads, projection=projection), state
-    ), about
+    return _filled(path, Adapter(about.adapter, base, projection=projection), state), about
 
 
 def _load_official(path: Path, base: LlamaConfig, prompt_length: int, gate: str) -> tuple[Adapter, AdapterFile]:
@@ -241,7 +239,7 @@ def _load_official(path: Path, base: LlamaConfig, prompt_length: int, gate: str)
         "gate": torch.stack([gates[layer].flatten() for layer in range(first, base.layers)]),  # [L, H]
     }
     config = AdapterConfig(layers=layers, prompt_length=prompt_length, gate=gate)
-    return _filled(path, Adapter(config, width=base.width, heads=base.heads), state), AdapterFile(config, "instruct")
+    return _filled(path, Adapter(config, base), state), AdapterFile(config, "instruct")
 
 
 def _read_tensors(path: Path, kind: str) -> dict[str, Tensor]:
@@ -296,7 +294,7 @@ def _load_peft(folder: Path, base: LlamaConfig) -> tuple[Adapter, AdapterFile]:
         "prompt": torch.cat([prompts[layer] for layer in wanted]),  # [L, K, C] from L times [1, K, C]
         "gate": torch.stack([gates[layer].flatten() for layer in wanted]),  # [L, 1]
     }
-    return _filled(folder, Adapter(config, width=base.width, heads=base.heads), state), AdapterFile(config, "instruct")
+    return _filled(folder, Adapter(config, base), state), AdapterFile(config, "instruct")
 
 
 def _filled(path: Path, adapter: Adapter, state: dict[str, Tensor]) -> Adapter:

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 GATES = ("tanh", "identity", "scalar")
+TUNES = ("prompts", "prompts+bias+scale+norm")
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,15 @@ class AdapterConfig:
         gate: phi of the gate: "tanh" (one number a head, tanh), "identity" (one number a head, as it is) or "scalar"
             (one number a layer, as it is).
         prompt_std: Standard deviation of the prompts at the start.
+        tune: What trains: "prompts" (and gates), or "prompts+bias+scale+norm", with the tuning of LLaMA-Adapter V2
+            (`tuning`) in every layer of the base, adapted or not.
     """
 
     layers: int
     prompt_length: int = 10
     gate: str = "tanh"
     prompt_std: float = 1.0
+    tune: str = "prompts"
 
     def __post_init__(self) -> None:
         if self.layers < 1:
@@ -104,6 +108,8 @@ class AdapterConfig:
             raise ValueError(f"gate must be one of {', '.join(GATES)}, got {self.gate!r}")
         if self.prompt_std < 0:
             raise ValueError(f"prompt_std must not be negative, got {self.prompt_std}")
+        if self.tune not in TUNES:
+            raise ValueError(f"tune must be one of {', '.join(TUNES)}, got {self.tune!r}")
 
 
 @dataclass(frozen=True)

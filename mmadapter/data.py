@@ -1,4 +1,4 @@
-"""From texts and images to batches: token rows with labels, batches by length, image features cached on disk.
+"""From texts and images to batches: token rows with labels, the rows of each step, image features cached on disk.
 
 Shapes: B batch, T tokens, F width of the image features, V views of an image.
 """
@@ -6,13 +6,17 @@ Shapes: B batch, T tokens, F width of the image features, V views of an image.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mmadapter.tokenizer import Tokenizer
+    from mmadapter.vision import ImageEncoder
 
 IGNORE_INDEX = -100
 
@@ -25,18 +29,28 @@ class Example:
         tokens: Prompt, response and end of sequence.
         prompt_tokens: How many of them are the prompt, which is not learnt.
         image: Row of the feature table, None for text.
+        where: Names the row in errors.
     """
 
     tokens: tuple[int, ...]
     prompt_tokens: int
     image: int | None = None
+    where: str = ""
 
 
-def make_example(tokenizer, prompt: str, response: str, *, image: int | None = None, max_tokens: int = 512) -> Example:
+def make_example(
+    tokenizer: Tokenizer,
+    prompt: str,
+    response: str,
+    *,
+    image: int | None = None,
+    max_tokens: int = 512,
+    where: str = "",
+) -> Example:
     """Tokenises a row; the response ends with the model's end of sequence.
 
-    A row of more than `max_tokens` loses the start of its prompt first, and of its response only what then still does
-    not fit, so that something is always left to learn.
+    A row of more than `max_tokens` loses the start of its prompt first (what stands behind the beginning-of-sequence
+    token), and of its response only what then still does not fit, so that something is always left to learn.
 
     Raises:
         ValueError: The response is empty.
@@ -44,9 +58,12 @@ def make_example(tokenizer, prompt: str, response: str, *, image: int | None = N
     if not response.strip():
         raise ValueError("the response is empty: there is nothing to learn from this row")
     head = tokenizer.encode(prompt)
-    tail = [*tokenizer.encode(response, bos=False), tokenizer.eos_id][:max_tokens]
-    head = head[max(0, len(head) + len(tail) - max_tokens) :]
-    return Example((*head, *tail), len(head), image)
+    begin = head[:1] if head and head[0] == tokenizer.bos_id else []
+    tail = [*tokenizer.encode(response, bos=False), tokenizer.eos_id][: max_tokens - len(begin)]
+    head = head[len(begin) :]
+    cut = max(0, len(begin) + len(head) + len(tail) - max_tokens)
+    head = begin + head[cut:]
+    return Example((*head, *tail), len(head), image, where)
 
 
 @dataclass(frozen=True)
@@ -76,52 +93,85 @@ def collate(examples: Sequence[Example], pad_id: int = 0) -> Batch:
     return Batch(tokens, labels, images)
 
 
-def length_batches(
-    lengths: Sequence[int], batch_size: int, generator: torch.Generator, pool: int = 50
-) -> list[list[int]]:
-    """One epoch of batches of rows of similar length, in random order.
+def seed_of(*parts: int) -> int:
+    """One seed from several numbers, such as a run's seed and a step: the same everywhere and for ever."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7])
 
-    Rows are shuffled, sorted by length within pools of `pool` batches, cut into batches, and the batches shuffled:
-    little padding, and no row's company is fixed.
+
+class RowOrder:
+    """The rows that each step takes: one shuffle of all of them after the other, cut into steps.
+
+    What step s takes is a function of the seed and s alone, so a resumed run goes on exactly where it was.
+    """
+
+    def __init__(self, rows: int, batch_size: int, seed: int) -> None:
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self._epoch, self._order = -1, []
+
+    def step(self, step: int) -> list[int]:
+        """Row indices of a step, `batch_size` of them."""
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return [self._shuffled(place // self.rows)[place % self.rows] for place in places]
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+            self._epoch, self._order = epoch, torch.randperm(self.rows, generator=generator).tolist()
+        return self._order
+
+
+def passes(lengths: Sequence[int], batch_tokens: int, rank: int = 0, processes: int = 1) -> list[list[int]]:
+    """Cuts the rows of a step into forward passes of similar length, and deals each pass over the processes.
+
+    Rows are sorted by length; a pass takes as many of the next ones as a process has room for, at least one each. Every
+    process gets the same number of passes, as collective communication needs. A pass may leave the last processes
+    nothing where `processes` does not divide the number of rows.
 
     Args:
         lengths: Tokens of each row.
-        generator: Decides the order; the same state gives the same epoch.
+        batch_tokens: Most tokens of a pass of one process, padding included; 0 puts all rows into one pass.
 
     Returns:
-        Row indices of each batch; the last batches of an epoch may be smaller.
+        Row indices of each pass of process `rank`.
     """
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    batches = []
-    for start in range(0, len(order), batch_size * pool):
-        part = sorted(order[start : start + batch_size * pool], key=lambda index: lengths[index])
-        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    result, start = [], 0
+    while start < len(order):
+        each = max(1, batch_tokens // lengths[order[start]]) if batch_tokens else len(order)
+        result.append(order[start : start + each * processes][rank::processes])
+        start += each * processes
+    return result
 
 
-def cached_features(encoder, paths: Sequence[Path], folder: Path, *, views: int = 1, seed: int = 0) -> Tensor:
+def cached_features(
+    encoder: ImageEncoder, paths: Sequence[Path], folder: Path, *, views: int = 1, seed: int = 0
+) -> Tensor:
     """Features of every image by a frozen encoder, computed once and kept in `folder`.
 
     View 0 is the image as it is; the others are random views of it (`image.augment`) drawn with `seed`. There is a file
-    for each view; its name is a hash of the images' content, the encoder and its settings, the view and the seed, so
+    for each view; its name is a hash of the images' content, of the encoder's weights and settings, and of the view, so
     nothing stale is read, and a run that was stopped goes on with the next view.
 
     Returns:
         float16 [V, number of images, F].
+
+    Raises:
+        FileNotFoundError, ValueError: An image cannot be read, or its features do not fit float16.
     """
     from safetensors.torch import load_file, save_file
     from tqdm import tqdm
 
     from mmadapter import image, record
 
-    content = hashlib.sha256()
+    if not paths:
+        return torch.zeros(views, 0, sum(encoder.widths), dtype=torch.float16)
+    content = hashlib.sha256(encoder.fingerprint().encode())
     for path in paths:
         content.update(hashlib.sha256(path.read_bytes()).digest())
-    settings = {"vision": asdict(encoder.config), "mean": encoder.mean, "std": encoder.std, "seed": seed}
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for view in range(views):
-        key = hashlib.sha256((content.hexdigest() + json.dumps([settings, view], sort_keys=True)).encode()).hexdigest()
+        key = hashlib.sha256((content.hexdigest() + repr((view, seed if view else 0))).encode()).hexdigest()
         file = folder / f"features-{key[:16]}.safetensors"
         if not file.exists():
             parts = []
@@ -129,11 +179,15 @@ def cached_features(encoder, paths: Sequence[Path], folder: Path, *, views: int 
                 batch = [image.load_image(path) for path in paths[start : start + 64]]
                 if view:
                     batch = [
-                        image.augment(photo, torch.Generator().manual_seed(hash((seed, view, start + index)) % 2**63))
+                        image.augment(photo, torch.Generator().manual_seed(seed_of(seed, view, start + index)))
                         for index, photo in enumerate(batch)
                     ]
-                parts.append(encoder.features_of(batch).half())
+                part = encoder.features_of(batch).half()
+                if not part.isfinite().all():
+                    row = start + int((~part.isfinite().all(1)).nonzero()[0])
+                    raise ValueError(f"the features of {paths[row]} do not fit float16; take another encoder or scale")
+                parts.append(part)
             with record.replacing(file) as temporary:
-                save_file({"features": torch.cat(parts)}, temporary)
+                save_file({"features": torch.cat(parts).cpu()}, temporary)
         rows.append(load_file(file)["features"])
     return torch.stack(rows)

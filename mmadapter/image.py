@@ -5,12 +5,13 @@ Shapes: B batch, S side of the square in pixels. `load_image` is the one place w
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -71,14 +72,21 @@ def load_image(source: ImageSource) -> Image.Image:
             return _decode(image, name)
     if not isinstance(source, str | os.PathLike):
         raise ValueError(f"an image is a path, bytes, a Pillow image or an array, got {type(source).__name__}")
-    if not os.path.exists(source):
-        raise FileNotFoundError(f"{name} not found; give the path of an image file")
-    if os.path.isdir(source):
-        raise ValueError(f"{name} is a folder, expected an image file; give one of the files in it")
-    if not os.path.isfile(source):
-        raise ValueError(f"{name} is not a regular file, expected an image file")
-    with open(source, "rb") as file, _open(file, name) as image:
+    with _open_file(source) as image:
         return _decode(image, name)
+
+
+def check_image(path: str | os.PathLike) -> None:
+    """Raises what `load_image` would raise for the file, in less time: a JPEG is decoded at an eighth of its size.
+
+    The whole file is read and its compressed data decoded, so that a picture cut short is found.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: As `load_image`.
+    """
+    with _open_file(path) as image:
+        _decode(image, os.fspath(path), small=True)
 
 
 def to_square(image: Image.Image, size: int, resize: str) -> Image.Image:
@@ -160,6 +168,20 @@ def augment(image: Image.Image, generator: torch.Generator) -> Image.Image:
     return view
 
 
+@contextlib.contextmanager
+def _open_file(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """Opens an image file and reads its header."""
+    name = os.fspath(path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{name} not found; give the path of an image file")
+    if os.path.isdir(path):
+        raise ValueError(f"{name} is a folder, expected an image file; give one of the files in it")
+    if not os.path.isfile(path):
+        raise ValueError(f"{name} is not a regular file, expected an image file")
+    with open(path, "rb") as file, _open(file, name) as image:
+        yield image
+
+
 def _open(file: io.IOBase, name: str) -> Image.Image:
     """Reads the header of an image file; no pixel is decoded.
 
@@ -178,10 +200,12 @@ def _open(file: io.IOBase, name: str) -> Image.Image:
         raise ValueError(f"{name} is damaged: {_one_line(error)}") from error
 
 
-def _decode(image: Image.Image, name: str) -> Image.Image:
-    """Decodes a Pillow image of any mode into upright RGB."""
+def _decode(image: Image.Image, name: str, *, small: bool = False) -> Image.Image:
+    """Decodes a Pillow image of any mode into upright RGB; `small` takes the smallest size a JPEG decoder can give."""
     _check_size(*image.size, name)
     try:
+        if small:
+            image.draft("RGB", (1, 1))
         image.load()
         rgb = _to_rgb(image)
     except Image.DecompressionBombError as error:

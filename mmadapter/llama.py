@@ -1,7 +1,8 @@
 """LLaMA, read from top to bottom.
 
-LLaMA 1, 2 and 3 (arXiv 2302.13971, 2307.09288, 2407.21783) and the models built alike. Adaption prompts enter at one
-place, `Attention.forward`; without them this is the base model, and nothing here is trained.
+LLaMA 1, 2 and 3 (arXiv 2302.13971, 2307.09288, 2407.21783) and the models built alike. An adapter's
+prompts enter in `Attention.forward`, its tuning where a linear is `tuned` and in `RMSNorm.forward`. Without an adapter
+this is the base model, and nothing here is trained.
 
 Shapes: B batch, T new tokens, S tokens attended to (cached and new), C width, H query heads, G key/value heads,
 D head width, N layers, V vocabulary, K prompt length.
@@ -9,17 +10,17 @@ D head width, N layers, V vocabulary, K prompt length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmadapter.config import LlamaConfig
 
 if TYPE_CHECKING:
-    from mmadapter.adapter import PromptKV
+    from mmadapter.adapter import PromptKV, Prompts
 
 SHORT = 256  # keys up to which attention holds its scores in memory
 
@@ -113,6 +114,43 @@ class KVCache:
             setattr(self, name, new)
 
 
+class Affine(NamedTuple):
+    """s * (y + b) of a linear's output y (`tuned`). A dimension B may be 1: all rows share it.
+
+    Attributes:
+        scale: s, [B, 1, out].
+        shift: s * b, [B, 1, out].
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+
+class LayerTuning(NamedTuple):
+    """How an adapter tunes the frozen linears and norms of one block (`tuning`); None leaves one as it is.
+
+    A norm's is the difference to its frozen weight, [1 or B, 1, C].
+    """
+
+    wq: Affine | None = None
+    wk: Affine | None = None
+    wv: Affine | None = None
+    wo: Affine | None = None
+    w1: Affine | None = None
+    w2: Affine | None = None
+    w3: Affine | None = None
+    attention_norm: Tensor | None = None
+    ffn_norm: Tensor | None = None
+
+
+UNTUNED = LayerTuning()
+
+
+def tuned(y: Tensor, affine: Affine | None) -> Tensor:
+    """s * (y + b) of a linear's output [B, T, out], in one pass over it; y itself where nothing tunes it."""
+    return y if affine is None else torch.addcmul(affine.shift, affine.scale, y)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, the mean square taken in float32 (arXiv 1910.07467)."""
 
@@ -121,10 +159,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, difference: Tensor | None = None) -> Tensor:
+        """[B, T, C] -> [B, T, C]; `difference` [1 or B, 1, C] is added to the weight."""
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return wide.to(x.dtype) * self.weight
+        return wide.to(x.dtype) * (self.weight if difference is None else self.weight + difference)
 
 
 class Attention(nn.Module):
@@ -144,6 +183,7 @@ class Attention(nn.Module):
         mask: Tensor | None,
         cache: KVCache | None,
         prompt: PromptKV | None,
+        tuning: LayerTuning,
     ) -> Tensor:
         """Attention over the text, plus the gated attention over the adaption prompts (Eq. 5 to 9).
 
@@ -153,16 +193,17 @@ class Attention(nn.Module):
             prompt: Keys, values and gates of this layer's adaption prompts, None where the layer is not adapted.
         """
         B, T, _ = x.shape
-        q = self.wq(x).view(B, T, self.heads, self.head_width).transpose(1, 2)  # [B, H, T, D]
-        k = self.wk(x).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)  # [B, G, T, D]
-        v = self.wv(x).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)  # [B, G, T, D]
+        q = tuned(self.wq(x), tuning.wq).view(B, T, self.heads, self.head_width).transpose(1, 2)  # [B, H, T, D]
+        k = tuned(self.wk(x), tuning.wk).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)  # [B, G, T, D]
+        v = tuned(self.wv(x), tuning.wv).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)  # [B, G, T, D]
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # [B, G, S, D]
         out = attend(q, k, v, mask)  # [B, H, T, D]
         if prompt is not None:
             out = out + prompt.attend(q)
-        return self.wo(out.transpose(1, 2).reshape(B, T, self.heads * self.head_width))  # [B, T, C]
+        out = out.transpose(1, 2).reshape(B, T, self.heads * self.head_width)
+        return tuned(self.wo(out), tuning.wo)  # [B, T, C]
 
 
 class FeedForward(nn.Module):
@@ -174,8 +215,9 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(config.hidden_width, config.width, bias=False)
         self.w3 = nn.Linear(config.width, config.hidden_width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # [B, T, C]
+    def forward(self, x: Tensor, tuning: LayerTuning) -> Tensor:
+        inner = F.silu(tuned(self.w1(x), tuning.w1)) * tuned(self.w3(x), tuning.w3)
+        return tuned(self.w2(inner), tuning.w2)  # [B, T, C]
 
 
 class Block(nn.Module):
@@ -185,6 +227,46 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
         self.ffn_norm = RMSNorm(config.width, config.norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        layer: int,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KVCache | None,
+        prompt: PromptKV | None,
+        tuning: LayerTuning,
+    ) -> Tensor:
+        """[B, T, C] -> [B, T, C]; the arguments are those of `Attention.forward`."""
+        normed = self.attention_norm(x, tuning.attention_norm)
+        x = x + self.attention(normed, layer, rope, mask, cache, prompt, tuning)
+        return x + self.feed_forward(self.ffn_norm(x, tuning.ffn_norm), tuning)
+
+    def prompt_keys_values(self, prompt: Tensor, token: Tensor | None, tuning: LayerTuning) -> tuple[Tensor, Tensor]:
+        """Keys and values of adaption prompts: W_k (P + I) but for what no softmax sees, and W_v (P + I).
+
+        W_v is linear, so W_v (P + I) = W_v P + W_v I: K + B rows instead of K * B. W_k I would add q . W_k I to all K
+        scores of a query alike, which no softmax sees, so the keys are W_k P whatever the image. Both hold for tuned
+        linears, s * (W_v (P + I) + b) = s * (W_v P + b) + s * W_v I.
+
+        Args:
+            prompt: P, [K, C].
+            token: Image token I, [B, C]; None for text.
+
+        Returns:
+            Keys [1, G, K, D] and values [1, G, K, D] or, with images, [B, G, K, D].
+        """
+        G, D = self.attention.kv_heads, self.attention.head_width
+        prompt = prompt[None]  # [1, K, C]
+        key = tuned(self.attention.wk(prompt), tuning.wk).view(1, -1, G, D).transpose(1, 2)  # [1, G, K, D]
+        value = tuned(self.attention.wv(prompt), tuning.wv).view(1, -1, G, D).transpose(1, 2)  # [1, G, K, D]
+        if token is not None:
+            seen = self.attention.wv(token)[:, None]  # [B, 1, G * D]
+            if tuning.wv is not None:
+                seen = tuning.wv.scale * seen
+            value = value + seen.view(-1, G, 1, D)  # [B, G, K, D]
+        return key, value
 
 
 class Llama(nn.Module):
@@ -231,7 +313,7 @@ class Llama(nn.Module):
         self,
         tokens: Tensor,
         *,
-        prompts: Sequence[PromptKV | None] | None = None,
+        prompts: Prompts | None = None,
         cache: KVCache | None = None,
         valid: Tensor | None = None,
     ) -> Tensor:
@@ -246,21 +328,25 @@ class Llama(nn.Module):
         self,
         tokens: Tensor,
         *,
-        prompts: Sequence[PromptKV | None] | None = None,
+        prompts: Prompts | None = None,
         cache: KVCache | None = None,
         valid: Tensor | None = None,
+        checkpointing: bool = False,
     ) -> Tensor:
         """Final hidden states, [B, T, C].
 
         Args:
             tokens: Token ids, [B, T].
-            prompts: For each of the N layers the adaption prompts' keys and values, or None (`Adapter.prompts`).
+            prompts: What an adapter adds (`Adapter.prompts`); None is the base model.
             cache: Earlier tokens; the new ones are appended to it.
             valid: False where a token, cached or new, is padding, [B, S]. Padding stands on the left of a row; it takes
                 no position and nothing looks at it. None: there is none.
+            checkpointing: Where gradients are on, keeps no more than each block's input for the backward pass, which
+                then runs every block again: a third more time for a fraction of the memory.
 
         Raises:
-            ValueError: The tokens are not [B, T] with T >= 1, or the cache has no room for them.
+            ValueError: The tokens are not [B, T] with T >= 1, the cache has no room for them, or there is one beside
+                checkpointing.
         """
         if tokens.ndim != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens must be [B, T] with at least one token a row, got shape {tuple(tokens.shape)}")
@@ -268,6 +354,8 @@ class Llama(nn.Module):
         past = cache.length if cache is not None else 0
         if cache is not None and past + T > cache.capacity:
             raise ValueError(f"the cache has room for {cache.capacity} tokens, {past} are in it and {T} more came")
+        if cache is not None and checkpointing:
+            raise ValueError("checkpointing runs each block twice, which a cache does not stand; leave one of them out")
         if valid is None:
             positions = torch.arange(past, past + T, device=tokens.device)  # [T]
         else:
@@ -276,12 +364,15 @@ class Llama(nn.Module):
         x = self.tok_embeddings(tokens)  # [B, T, C]
         rope = rope_table(self.config, positions, x.dtype)
         for index, block in enumerate(self.layers):
-            prompt = prompts[index] if prompts is not None else None
-            x = x + block.attention(block.attention_norm(x), index, rope, mask, cache, prompt)
-            x = x + block.feed_forward(block.ffn_norm(x))
+            prompt, tuning = (None, UNTUNED) if prompts is None else (prompts.layers[index], prompts.tuning[index])
+            arguments = (x, index, rope, mask, cache, prompt, tuning)
+            if checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(*arguments)
         if cache is not None:
             cache.length += T
-        return self.norm(x)
+        return self.norm(x, None if prompts is None else prompts.norm)
 
 
 def _attention_mask(new: int, past: int, valid: Tensor | None, device: torch.device) -> Tensor | None:

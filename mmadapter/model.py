@@ -28,17 +28,19 @@ class AdaptedLlama(nn.Module):
         features: Tensor | None = None,
         has_image: Tensor | None = None,
         label_smoothing: float = 0.0,
+        checkpointing: bool = False,
     ) -> Tensor:
         """Cross-entropy summed over the labelled positions; divide by `target_count(labels)` for the mean.
 
-        Logits are computed only where there is a label. Layers below the first adapted one take no part in the
-        backward pass: nothing under them trains.
+        Logits are computed only where there is a label. Without tuning, layers below the first adapted one take no part
+        in the backward pass: nothing under them trains.
 
         Args:
             tokens: [B, T], padded on the right.
             labels: [B, T], the token itself where it is to be predicted, IGNORE_INDEX elsewhere.
             features: Image features, [B, F].
             has_image: False where a row has no image, [B].
+            checkpointing: Trades time for memory; see `Llama.hidden`.
 
         Raises:
             ValueError: A row has no target.
@@ -48,8 +50,8 @@ class AdaptedLlama(nn.Module):
         empty = (~wanted.any(1)).nonzero().flatten().tolist()
         if empty:
             raise ValueError(f"nothing to predict in row {empty[0]} of the batch: all its labels are {IGNORE_INDEX}")
-        prompts = self.adapter.prompts(self.llama, features, has_image=has_image)
-        hidden = self.llama.hidden(tokens[:, :-1], prompts=prompts)  # [B, T - 1, C]
+        prompts = self.adapter(self.llama, features, has_image=has_image)
+        hidden = self.llama.hidden(tokens[:, :-1], prompts=prompts, checkpointing=checkpointing)  # [B, T - 1, C]
         return cross_entropy_sum(
             hidden[wanted], self.llama.output_weight, targets[wanted], label_smoothing=label_smoothing
         )

@@ -45,6 +45,8 @@ TEMPLATES = {
     ),
     # The instruction alone: a tenth of Alpaca's tokens, for tasks of one fixed instruction.
     "plain": Template(with_input="{instruction}:\n{input}\n", without_input="{instruction}:", separator=" "),
+    # A text that is a whole prompt already, such as ScienceQA's (mmadapter/scienceqa.py).
+    "bare": Template(with_input="{instruction}\n{input}", without_input="{instruction}", separator=" "),
 }
 
 

@@ -7,6 +7,7 @@ scales, R x C cells of a grid, C width of the LLaMA.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Sequence
 
@@ -70,6 +71,14 @@ class ImageEncoder(nn.Module):
     def train(self, mode: bool = True) -> ImageEncoder:
         """Stays in evaluation mode: a frozen tower must not update its batch statistics."""
         return super().train(False)
+
+    def fingerprint(self) -> str:
+        """A hash of all that its features depend on: weights, number format, scales and preprocessing."""
+        digest = hashlib.sha256(repr((self.config, self.mean, self.std)).encode())
+        for name, tensor in self.tower.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def preprocess(self, images: Sequence[ImageSource]) -> torch.Tensor:
         """Reads images and makes the pixels the tower takes, float32 [B, 3, S, S], on the CPU."""

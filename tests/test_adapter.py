@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from weight_files import huggingface_model, random_state, with_changes
 
 from mmadapter.adapter import Adapter, PromptKV, Prompts, select_prompts, stack_prompts
 from mmadapter.checkpoint import Fingerprint, load_adapter
-from mmadapter.config import GATES, AdapterConfig, LlamaConfig
+from mmadapter.config import GATES, TUNES, AdapterConfig, LlamaConfig
 from mmadapter.generate import Sampler, Sampling
 from mmadapter.llama import Llama
 from mmadapter.model import AdaptedLlama
@@ -34,28 +35,35 @@ def reference_rotate(x: Tensor, position: int, theta: float) -> Tensor:
     return torch.cat((first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()))
 
 
+Linear = Callable[[Tensor], Tensor]  # [in] -> [out]
+
+
 def reference_attention(
-    state: dict[str, Tensor], shape: LlamaConfig, x: list[Tensor], prompt: list[Tensor], gates: list[Tensor]
+    linears: dict[str, Linear], shape: LlamaConfig, x: list[Tensor], prompt: list[Tensor], gates: list[Tensor]
 ) -> list[Tensor]:
     """One row of T vectors x [C]. `prompt` is this layer's K vectors P [C], none where it is not adapted; `gates` is
     phi(g) of each head."""
     D, share = shape.head_width, shape.heads // shape.kv_heads
-    out = []
-    for t in range(len(x)):
-        heads = []
-        for h in range(shape.heads):
-            wq = state["wq"][h * D : (h + 1) * D]
-            wk, wv = (state[name][h // share * D : (h // share + 1) * D] for name in ("wk", "wv"))
-            q = reference_rotate(wq @ x[t], t, shape.rope_theta)
-            keys = [reference_rotate(wk @ x[s], s, shape.rope_theta) for s in range(t + 1)]
-            weights = torch.stack([q @ k / math.sqrt(D) for k in keys]).softmax(0)
-            head = sum(w * (wv @ x[s]) for s, w in enumerate(weights))
+
+    def read(name: str, x: list[Tensor], head: int) -> list[Tensor]:
+        return [linears[name](v)[head * D : (head + 1) * D] for v in x]
+
+    heads = []  # [H][T]
+    for h in range(shape.heads):
+        queries = [reference_rotate(q, t, shape.rope_theta) for t, q in enumerate(read("wq", x, h))]
+        keys = [reference_rotate(k, t, shape.rope_theta) for t, k in enumerate(read("wk", x, h // share))]
+        values = read("wv", x, h // share)
+        prompt_keys, prompt_values = (read(name, prompt, h // share) for name in ("wk", "wv"))
+        out = []
+        for t, q in enumerate(queries):
+            weights = torch.stack([q @ k / math.sqrt(D) for k in keys[: t + 1]]).softmax(0)
+            head = sum(w * v for w, v in zip(weights, values[: t + 1], strict=True))
             if prompt:
-                weights = torch.stack([q @ (wk @ P) / math.sqrt(D) for P in prompt]).softmax(0)
-                head = head + gates[h] * sum(w * (wv @ P) for P, w in zip(prompt, weights, strict=True))
-            heads.append(head)
-        out.append(state["wo"] @ torch.cat(heads))
-    return out
+                weights = torch.stack([q @ k / math.sqrt(D) for k in prompt_keys]).softmax(0)
+                head = head + gates[h] * sum(w * v for w, v in zip(weights, prompt_values, strict=True))
+            out.append(head)
+        heads.append(out)
+    return [linears["wo"](torch.cat([out[t] for out in heads])) for t in range(len(x))]
 
 
 def reference_image_token(parameters: dict[str, Tensor], features: Tensor) -> Tensor:
@@ -78,6 +86,22 @@ def reference_logits(
     """Logits [B, T, V] of the adapted model, from float64 copies of the adapter's `parameters`."""
     shape, state = llama.config, {name: tensor.double() for name, tensor in llama.state_dict().items()}
     first, logits = shape.layers - config.layers, []
+    tuned = config.tune != "prompts"
+
+    def linear(layer: int, part: str, name: str) -> Linear:
+        """W x, or s * (W x + b)."""
+        weight = state[f"layers.{layer}.{part}.{name}.weight"]
+        if not tuned:
+            return lambda x: weight @ x
+        scale, bias = (parameters[f"tuning.{kind}.{name}"][layer] for kind in ("scale", "bias"))
+        return lambda x: scale * (weight @ x + bias)
+
+    def norm(x: Tensor, weight: Tensor, name: str, layer: int | None = None) -> Tensor:
+        if tuned:
+            difference = parameters[f"tuning.norm.{name}"]
+            weight = weight + (difference if layer is None else difference[layer])
+        return reference_norm(x, weight, shape.norm_eps)
+
     for b, row in enumerate(tokens.tolist()):
         x = [state["tok_embeddings.weight"][token] for token in row]
         for layer in range(shape.layers):
@@ -90,24 +114,25 @@ def reference_logits(
                     prompt = [P + image for P in prompt]
                 gates = [parameters["gate"][layer - first][0 if config.gate == "scalar" else h] for h in range(4)]
                 gates = [g.tanh() for g in gates] if config.gate == "tanh" else gates
-            normed = [reference_norm(v, own["attention_norm.weight"], shape.norm_eps) for v in x]
-            weights = {name: own[f"attention.{name}.weight"] for name in ("wq", "wk", "wv", "wo")}
-            x = [v + a for v, a in zip(x, reference_attention(weights, shape, normed, prompt, gates), strict=True)]
+            normed = [norm(v, own["attention_norm.weight"], "attention", layer) for v in x]
+            linears = {name: linear(layer, "attention", name) for name in ("wq", "wk", "wv", "wo")}
+            x = [v + a for v, a in zip(x, reference_attention(linears, shape, normed, prompt, gates), strict=True)]
+            w1, w2, w3 = (linear(layer, "feed_forward", name) for name in ("w1", "w2", "w3"))
             for t, v in enumerate(x):
-                normed_v = reference_norm(v, own["ffn_norm.weight"], shape.norm_eps)
-                opened = own["feed_forward.w1.weight"] @ normed_v
-                inner = opened / (1 + (-opened).exp()) * (own["feed_forward.w3.weight"] @ normed_v)
-                x[t] = v + own["feed_forward.w2.weight"] @ inner
-        final = [reference_norm(v, state["norm.weight"], shape.norm_eps) for v in x]
+                normed_v = norm(v, own["ffn_norm.weight"], "ffn", layer)
+                opened = w1(normed_v)
+                x[t] = v + w2(opened / (1 + (-opened).exp()) * w3(normed_v))
+        final = [norm(v, state["norm.weight"], "final") for v in x]
         logits.append(torch.stack([state["output.weight"] @ v for v in final]))
     return torch.stack(logits)
 
 
+@pytest.mark.parametrize("tune", TUNES)
 @pytest.mark.parametrize("image", [False, True], ids=["text", "image"])
 @pytest.mark.parametrize("gate", GATES)
-def test_logits_and_gradients_are_those_of_the_equations(gate: str, image: bool) -> None:
+def test_logits_and_gradients_are_those_of_the_equations(gate: str, image: bool, tune: str) -> None:
     llama = tiny.llama()
-    adapter = tiny.adapter(llama.config, gate=gate, image=image)
+    adapter = tiny.adapter(llama.config, gate=gate, image=image, tune=tune)
     tokens, features = tiny.tokens(2, 4), tiny.features(2) if image else None
     weights = torch.randn(2, 4, 53, generator=torch.Generator().manual_seed(6))
 
@@ -134,7 +159,7 @@ def test_logits_and_gradients_are_those_of_the_equations(gate: str, image: bool)
 def test_a_new_adapter_changes_no_bit_and_only_its_gates_have_a_gradient(gate: str, image: bool) -> None:
     llama, tokens = tiny.llama(), tiny.tokens(2, 6)
     projection = tiny.adapter(llama.config, image=True).projection if image else None
-    adapter = Adapter(AdapterConfig(2, 3, gate), width=24, heads=4, projection=projection)
+    adapter = Adapter(AdapterConfig(2, 3, gate), llama.config, projection=projection)
     features = tiny.features(2) if image else None
     base = llama(tokens)
     logits = llama(tokens, prompts=adapter.prompts(llama, features))
@@ -154,7 +179,7 @@ def test_a_new_adapter_changes_no_bit_and_only_its_gates_have_a_gradient(gate: s
 def test_prompts_start_at_the_scale_of_the_config() -> None:
     torch.manual_seed(0)
     for std in (1.0, 0.1):
-        prompt = Adapter(AdapterConfig(4, 10, prompt_std=std), width=64, heads=4).prompt
+        prompt = Adapter(AdapterConfig(4, 10, prompt_std=std), tiny.config(width=64, layers=4)).prompt
         assert prompt.std().item() == pytest.approx(std, rel=0.1)
         assert abs(prompt.mean().item()) < 0.1 * std
 
@@ -167,10 +192,10 @@ def test_strength_scales_phi(gate: str) -> None:
     adapter = tiny.adapter(llama.config, gate=gate)
     whole, half, none = (adapter.prompts(llama, strength=strength) for strength in (1.0, 0.5, 0.0))
     phi = adapter.gate.tanh() if gate == "tanh" else adapter.gate
-    assert whole[0] is None
+    assert whole.layers[0] is None
     for layer in (1, 2):
-        assert torch.equal(whole[layer].gate, phi[layer - 1].expand(4)[None])
-        assert torch.equal(half[layer].gate, 0.5 * whole[layer].gate)
+        assert torch.equal(whole.layers[layer].gate, phi[layer - 1].expand(4)[None])
+        assert torch.equal(half.layers[layer].gate, 0.5 * whole.layers[layer].gate)
     assert torch.equal(llama(tokens, prompts=none), llama(tokens))
     by_hand = tiny.adapter(llama.config, gate="identity")
     by_hand.gate.copy_((0.5 * phi).expand(2, 4))
@@ -201,7 +226,7 @@ def test_logits_are_those_of_peft(kv_heads: int, tmp_path: Path) -> None:
     expected = theirs(tokens).logits
     assert (expected - llama(tokens)).abs().max() > 0.05
 
-    by_hand = Adapter(AdapterConfig(2, 5, "scalar"), width=64, heads=4)
+    by_hand = Adapter(AdapterConfig(2, 5, "scalar"), shape)
     for index in range(2):
         attention = theirs.base_model.model.model.layers[1 + index].self_attn
         by_hand.prompt[index], by_hand.gate[index] = attention.adaption_prompt[0], attention.adaption_gate
@@ -281,7 +306,7 @@ def test_stacking_shares_what_all_rows_share() -> None:
     assert stack_prompts([None, None]) is None
     assert select_prompts(None, torch.tensor([0])) is None
     shared = select_prompts(prompts, torch.tensor([0, 0, 0]))
-    assert shared[1].key.shape[0] == 1
+    assert shared.layers[1].key.shape[0] == 1
 
 
 @torch.no_grad()
@@ -373,7 +398,7 @@ def test_a_bfloat16_base_trains_a_float32_adapter() -> None:
         llama = tiny.llama().to(dtype)
         adapter = tiny.adapter(llama.config, image=True)
         prompts = adapter.prompts(llama, tiny.features(2))
-        assert {getattr(prompts[1], name).dtype for name in ("key", "value", "gate")} == {dtype}
+        assert {getattr(prompts.layers[1], name).dtype for name in ("key", "value", "gate")} == {dtype}
         llama(tiny.tokens(2, 6), prompts=prompts).square().mean().backward()
         gradients.append({name: parameter.grad for name, parameter in adapter.named_parameters()})
     for name, exact in gradients[0].items():
@@ -384,7 +409,7 @@ def test_a_bfloat16_base_trains_a_float32_adapter() -> None:
 def test_an_adapter_that_does_not_fit_says_so() -> None:
     llama = tiny.llama()
     with pytest.raises(ValueError, match="adapter of 4 layers does not fit a base of 3"):
-        tiny.adapter(llama.config, layers=4).prompts(llama)
+        tiny.adapter(llama.config, layers=4)
     with pytest.raises(ValueError, match="trained without images; load one that has an image encoder"):
         tiny.adapter(llama.config).prompts(llama, tiny.features(1))
     for wrong, reason in (
@@ -392,6 +417,7 @@ def test_an_adapter_that_does_not_fit_says_so() -> None:
         ({"layers": 1, "prompt_length": 0}, "prompt_length must be at least 1, got 0"),
         ({"layers": 1, "gate": "relu"}, "gate must be one of tanh, identity, scalar, got 'relu'"),
         ({"layers": 1, "prompt_std": -1.0}, "prompt_std must not be negative"),
+        ({"layers": 1, "tune": "bias"}, r"tune must be one of prompts, prompts\+bias\+scale\+norm, got 'bias'"),
     ):
         with pytest.raises(ValueError, match=reason):
             AdapterConfig(**wrong)

@@ -119,7 +119,7 @@ def test_the_papers_adapter_has_its_number_of_parameters() -> None:
     """30 layers of 10 prompts of width 4096, and a gate for each of 32 heads (the paper's 1.2M)."""
     config = AdapterConfig(layers=30, prompt_length=10)
     with torch.device("meta"):
-        adapter = Adapter(config, width=4096, heads=32)
+        adapter = Adapter(config, SHAPES["llama-7b"])
     assert sum(parameter.numel() for parameter in adapter.parameters()) == 1_229_760
     assert adapter_parameters(config, SHAPES["llama-7b"]) == {"prompts": 1_228_800, "gates": 960}
     assert adapter_parameters(dataclasses.replace(config, gate="scalar"), SHAPES["llama-7b"])["gates"] == 30

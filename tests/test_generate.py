@@ -53,12 +53,7 @@ def make_prompts(llama: Llama, rows: int | None) -> Prompts:
     """Prompts of a random adapter with random gates: for text (None), or with another image for each row."""
     torch.manual_seed(5)
     projection = ImageProjection(FEATURES, llama.config.width, 8)
-    adapter = Adapter(
-        AdapterConfig(layers=2, prompt_length=3),
-        width=llama.config.width,
-        heads=llama.config.heads,
-        projection=projection,
-    )
+    adapter = Adapter(AdapterConfig(layers=2, prompt_length=3), llama.config, projection=projection)
     torch.nn.init.normal_(adapter.gate, std=2.0)
     features = None if rows is None else torch.randn(rows, FEATURES)
     return adapter.requires_grad_(False).prompts(llama, features)

@@ -10,7 +10,7 @@ import pytest
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from mmadapter import image as image_module
-from mmadapter.image import IMAGE_SUFFIXES, load_image
+from mmadapter.image import IMAGE_SUFFIXES, check_image, load_image
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 
@@ -323,3 +323,79 @@ def test_large_pictures_below_the_limit_give_no_warning(monkeypatch) -> None:
 def test_suffixes_are_lower_case_and_start_with_a_dot() -> None:
     assert all(suffix == suffix.lower() and suffix.startswith(".") for suffix in IMAGE_SUFFIXES)
     assert {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"} <= set(IMAGE_SUFFIXES)
+
+
+# What is checked before training must be what training meets: the same pictures refused, in the same words.
+
+
+def test_a_checked_picture_is_refused_in_the_words_of_load_image(tmp_path) -> None:
+    """Damaged and cut files of many kinds; a JPEG decoded small must still be read to its end."""
+    generator = np.random.default_rng(2)
+    path = tmp_path / "photo.img"
+    outcomes = []
+    photo = NOISE.resize((160, 120))
+    forms = [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("GIF", {}), ("WEBP", {}), ("TIFF", {})]
+    for form, options in forms:
+        data = encoded(photo, form, **options)
+        for attempt in range(24):
+            damaged = bytearray(data)
+            if attempt % 2:
+                damaged = damaged[: generator.integers(1, len(data))]
+            else:
+                for position in generator.integers(0, min(len(data), 900), 4):
+                    damaged[position] = generator.integers(0, 256)
+            path.write_bytes(bytes(damaged))
+            said = []
+            for read in (load_image, check_image):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # Pillow's own remarks on damaged metadata
+                    try:
+                        read(path)
+                        said.append("")
+                    except ValueError as error:
+                        said.append(str(error))
+            assert said[0] == said[1]
+            outcomes.append(said[1])
+    assert "" in outcomes
+    assert len(set(outcomes)) > 3
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_jpeg_cut_at_its_end_is_found_by_the_check(mode: str, tmp_path) -> None:
+    path = tmp_path / "photo.jpg"
+    data = encoded(NOISE.resize((640, 480)).convert(mode), "JPEG")
+    path.write_bytes(data)
+    assert check_image(path) is None
+    path.write_bytes(data[:-2000])
+    with pytest.raises(ValueError, match=r"photo\.jpg is damaged or cut short"):
+        check_image(str(path))
+
+
+def test_a_check_refuses_what_is_too_large_before_decoding(tmp_path, monkeypatch) -> None:
+    """The small size that a JPEG is decoded at must not hide how large it is."""
+    path = tmp_path / "large.png"
+    path.write_bytes(huge_png(12_000, 12_000))
+    with pytest.raises(ValueError, match=r"large\.png has 12000 x 12000 pixels, more than the 128000000"):
+        check_image(path)
+    monkeypatch.setattr(image_module, "MAX_PIXELS", 4095)
+    NOISE.save(tmp_path / "photo.jpg")
+    with pytest.raises(ValueError, match="64 x 64 pixels, more than the 4095"):
+        check_image(tmp_path / "photo.jpg")
+
+
+def test_a_check_of_no_file(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jpg not found"):
+        check_image(tmp_path / "nowhere.jpg")
+    with pytest.raises(ValueError, match="is a folder"):
+        check_image(tmp_path)
+
+
+def test_a_jpeg_is_checked_at_a_small_size(tmp_path, monkeypatch) -> None:
+    """Else checking costs what loading costs."""
+    sizes = []
+    to_rgb = image_module._to_rgb
+    monkeypatch.setattr(image_module, "_to_rgb", lambda image: (sizes.append(image.size), to_rgb(image))[1])
+    NOISE.resize((640, 480)).save(tmp_path / "photo.jpg")
+    check_image(tmp_path / "photo.jpg")
+    assert sizes == [(80, 60)]
+    assert load_image(tmp_path / "photo.jpg").size == (640, 480)

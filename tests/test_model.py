@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from mmadapter import model as model_module
-from mmadapter.config import AdapterConfig
 from mmadapter.data import IGNORE_INDEX
 from mmadapter.model import AdaptedLlama, target_count
 
@@ -141,9 +140,7 @@ def test_the_mean_loss_of_an_untrained_model_is_that_of_chance() -> None:
     assert mean.item() == pytest.approx(torch.tensor(53.0).log().item(), abs=0.05)
 
 
-def test_an_adapter_of_more_layers_than_the_base_is_refused() -> None:
-    llama = tiny.llama()
-    model = AdaptedLlama(llama, tiny.adapter(llama.config, layers=4))
-    assert model.adapter.config == AdapterConfig(4, 3)
-    with pytest.raises(ValueError, match="adapter of 4 layers does not fit a base of 3"):
+def test_an_adapter_of_another_base_is_refused() -> None:
+    model = AdaptedLlama(tiny.llama(), tiny.adapter(tiny.config(layers=4)))
+    with pytest.raises(ValueError, match="an adapter for a base of 4 layers does not fit one of 3"):
         model(*batch())

@@ -35,16 +35,17 @@ def adapter(
     prompt_length: int = 3,
     gate: str = "tanh",
     image: bool = False,
+    tune: str = "prompts",
     seed: int = 1,
 ) -> Adapter:
     """An adapter all of whose parameters are random; the gates are not zero, for a bug hides at zero."""
     projection = ImageProjection(FEATURES, base.width, 11) if image else None
-    settings = AdapterConfig(layers, prompt_length, gate)
-    made = Adapter(settings, width=base.width, heads=base.heads, projection=projection)
+    made = Adapter(AdapterConfig(layers, prompt_length, gate, tune=tune), base, projection=projection)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        for name, parameter in made.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(parameter + 0.3 * noise if name.startswith("tuning.") else noise)
         if projection is not None:
             projection.set_statistics(3 * torch.randn(20, FEATURES, generator=generator) + 1)
     return made.eval()

@@ -205,7 +205,7 @@ def write_adapter(
         projection.set_statistics(encoder.features_of([picture(number) for number in range(100, 108)]))
         vision = encoder.config
     config = AdapterConfig(layers=2, prompt_length=3)
-    adapter = Adapter(config, width=llama.width, heads=llama.heads, projection=projection)
+    adapter = Adapter(config, llama, projection=projection)
     torch.nn.init.normal_(adapter.gate)
     save_adapter(
         folder / checkpoint.FILE_NAME,

@@ -1,8 +1,8 @@
 """The training loop: adapter in float32 over a frozen base, checkpoints, log, progress.
 
-A run folder holds `log.jsonl` (it begins with the resolved settings), `checkpoint.pt` (to resume from) and, at the end,
-`adapter.safetensors`. Everything random at a step is a function of the seed and the step, so a resumed run takes the
-very steps an uninterrupted one would have taken.
+A run folder holds `log.jsonl` (it begins with the resolved settings), `checkpoint-STEP.pt` (to resume from), `best.pt`
+(the weights of the lowest validation loss) and, at the end, `adapter.safetensors`. Everything random at a step is a
+function of the seed and the step, so a resumed run takes the very steps an uninterrupted one would have taken.
 """
 
 from __future__ import annotations
@@ -10,81 +10,35 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import pickle
 import platform
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from mmadapter.adapter import Adapter
-from mmadapter.checkpoint import Fingerprint, load_adapter
-from mmadapter.config import AdapterConfig, LlamaConfig
-from mmadapter.data import Batch, Example, collate, length_batches
-from mmadapter.llama import Llama
+from mmadapter.data import Example, RowOrder, collate, passes, seed_of
 from mmadapter.model import AdaptedLlama, target_count
-from mmadapter.tokenizer import Tokenizer
-from mmadapter.vision import ImageProjection
-from mmadapter.weights import load_state_dict, open_weights
+from mmadapter.record import replacing
 from training.config import RunConfig
+from training.processes import Processes
 
 Features = Callable[[Tensor, torch.Generator | None], Tensor]  # rows [B] (and a generator in training) -> [B, F]
-# Model, batch, features [B, F], has_image [B] and a seed -> the loss to minimise, and figures for the log.
-Objective = Callable[[AdaptedLlama, Batch, Tensor | None, Tensor | None, int], tuple[Tensor, dict[str, float]]]
 
-
-@dataclass(frozen=True)
-class Base:
-    """The frozen base of a run, with what goes with it."""
-
-    llama: Llama
-    tokenizer: Tokenizer
-    fingerprint: Fingerprint
-
-    @property
-    def config(self) -> LlamaConfig:
-        return self.llama.config
-
-    def with_adapter(self, run: RunConfig, projection: ImageProjection | None) -> AdaptedLlama:
-        """The adapter that a run starts from, on this base: a fresh one, drawn by the run's seed, or that of `init`.
-
-        Raises:
-            ValueError, FileNotFoundError: The base has fewer layers than the run adapts, or `init` is no adapter of the
-                run's shape.
-        """
-        if run.layers > self.config.layers:
-            raise ValueError(f"layers is {run.layers}, but {run.llama} has {self.config.layers}; set a lower --layers")
-        torch.manual_seed(run.seed)
-        config = AdapterConfig(run.layers, run.prompt_length, run.gate, run.prompt_std)
-        adapter = Adapter(config, width=self.config.width, heads=self.config.heads, projection=projection)
-        if run.init:
-            start, _ = load_adapter(run.init, self.config, self.fingerprint)
-            shapes = [{name: tensor.shape for name, tensor in side.state_dict().items()} for side in (start, adapter)]
-            if shapes[0] != shapes[1]:
-                raise ValueError(f"adapter {run.init} has other sizes than this run file asks for")
-            if start.config.gate != run.gate:
-                raise ValueError(f"adapter {run.init} has {start.config.gate} gates, this run file asks for {run.gate}")
-            adapter.load_state_dict(start.state_dict())
-        return AdaptedLlama(self.llama, adapter)
-
-
-def open_base(run: RunConfig) -> Base:
-    """Loads the base of a run.
-
-    Raises:
-        ValueError, FileNotFoundError, ConnectionError: See `weights.open_weights`; or the base has no tokenizer.
-    """
-    weights = open_weights(run.llama)
-    tokenizer = weights.tokenizer()
-    if tokenizer is None:
-        raise FileNotFoundError(f"{weights.path} has no tokenizer, and training needs one")
-    llama = Llama.from_state_dict(weights.config, load_state_dict(weights, getattr(torch, run.dtype)))
-    return Base(llama, tokenizer, Fingerprint.of(weights.config, tokenizer.tokens()))
+# Settings that do not change what is learnt: a run may be resumed with others.
+FREE = (
+    *("device", "compile", "checkpointing", "shard", "batch_tokens", "save_every", "keep", "ship"),
+    *("licence", "beams", "length_penalty"),
+)
 
 
 def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
@@ -95,43 +49,34 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
 
 
 def make_optimizer(adapter: Adapter, config: RunConfig) -> torch.optim.AdamW:
-    """AdamW over the adapter's parameters; only the projection's matrices are decayed."""
-    gates = [adapter.gate]
-    matrices = [p for name, p in adapter.named_parameters() if name.startswith("projection.") and p.ndim > 1]
-    others = [p for p in adapter.parameters() if not any(p is q for q in gates + matrices)]
-    groups = [
-        {"params": others, "peak": config.lr, "weight_decay": 0.0},
-        {"params": gates, "peak": config.gate_lr, "weight_decay": 0.0},
-        {"params": matrices, "peak": config.lr, "weight_decay": config.weight_decay},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2))
-
-
-def batches_from(examples: Sequence[Example], config: RunConfig, step: int) -> Iterator[list[Example]]:
-    """Endless batches, starting with the one that step `step` takes."""
-    lengths = [len(example.tokens) for example in examples]
-    per_epoch = -(-len(examples) // config.batch_size)
-    epoch, skip = divmod(step, per_epoch)
-    while True:
-        generator = torch.Generator().manual_seed(hash((config.seed, epoch)) % 2**63)
-        for rows in length_batches(lengths, config.batch_size, generator)[skip:]:
-            yield [examples[row] for row in rows]
-        epoch, skip = epoch + 1, 0
+    """AdamW over the adapter's parameters, in groups of one peak rate and one decay each."""
+    factor = config.batch_size / 256 if config.scale_lr else 1.0
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in adapter.named_parameters():
+        matrix = name.startswith("projection.") and parameter.ndim > 1
+        decay = config.weight_decay if matrix or config.decay == "all" else 0.0
+        peak = (config.gate_lr if name == "gate" else config.lr) * factor
+        groups.setdefault((peak, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": params, "peak": peak, "weight_decay": decay} for (peak, decay), params in groups.items()],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+    )
 
 
 class Trainer:
-    """One run. `train()` starts or resumes it.
+    """One run, in one process or in each of several. `train()` starts or resumes it.
 
     Args:
-        model: Base and adapter.
+        model: Base and adapter, on the device they run on.
         config: The run.
-        folder: Where checkpoint and log are kept.
+        folder: Where checkpoints and log are kept.
         features: Image features of a batch's rows; None for a text task.
-        objective: What is minimised; None is the mean cross-entropy a target token.
         record: Facts for the first line of the log; of `data_hash` a checkpoint must have the same.
+        processes: Those that train together.
 
     Raises:
-        ValueError: There is no row to train on, or none to validate on.
+        ValueError: There is no row to train on, or none to validate on, or the processes do not divide the batch.
     """
 
     def __init__(
@@ -143,168 +88,315 @@ class Trainer:
         train: Sequence[Example],
         validation: Sequence[Example],
         features: Features | None = None,
-        objective: Objective | None = None,
         record: dict | None = None,
+        processes: Processes | None = None,
     ) -> None:
+        self.processes = processes or Processes()
         if not train or not validation:
             raise ValueError(f"there are {len(train)} rows to train on and {len(validation)} to validate on; give some")
-        self.model, self.config, self.folder = model, config, folder
+        if config.batch_size % self.processes.count:
+            raise ValueError(
+                f"{self.processes.count} processes do not divide batch_size {config.batch_size}; change --batch-size"
+            )
+        self.model, self.adapter, self.config, self.folder = model, model.adapter, config, folder
         self.train_examples = train
         taken = min(config.validation_rows, len(validation))
         self.validation_examples = [validation[i * len(validation) // taken] for i in range(taken)]
-        self.features, self.objective = features, objective or self._likelihood
-        self.record = record or {}
-        self.optimizer = make_optimizer(model.adapter, config)
-        self.mean = {name: p.detach().clone() for name, p in model.adapter.named_parameters()} if config.ema else {}
+        self.features, self.record = features, record or {}
+        self.steps, self.warmup = config.schedule(len(train))
+        self.order = RowOrder(len(train), config.batch_size, config.seed)
+        self.optimizer = make_optimizer(self.adapter, config)
+        self.mean = {name: p.detach().clone() for name, p in self.adapter.named_parameters()} if config.ema else {}
         self.step = 0
+        self.best: dict[str, float] | None = None  # step and validation loss
+        self.stopped: signal.Signals | None = None  # the signal that ended `train` early
+        if self.processes.count > 1:
+            # Only the adapter's gradients are exchanged: the frozen base is the same everywhere, or sharded.
+            model.adapter = DistributedDataParallel(self.adapter, broadcast_buffers=False)
 
-    def train(self) -> float:
-        """Trains to the last step and returns the validation loss of the weights that are kept."""
+    def train(self) -> float | None:
+        """Trains to the last step and returns the validation loss of the weights that are kept.
+
+        SIGTERM and Ctrl-C end it after the step at hand, with a checkpoint: then it returns None and `stopped` is set.
+
+        Raises:
+            FloatingPointError: Loss or gradient is not finite; the last good checkpoint stays.
+            ValueError: The folder's checkpoint is of another run or damaged.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._resume()
+        with self._stopping() as asked:
+            return self._train(asked)
+
+    def _train(self, asked: dict[str, signal.Signals]) -> float | None:
         settings = dataclasses.asdict(self.config)
         versions = {"python": platform.python_version(), "torch": torch.__version__}
-        self._log({"event": "start", "step": self.step, "config": settings, "versions": versions, **self.record})
-        if self.step == 0:
-            self._validate()
-        batches = batches_from(self.train_examples, self.config, self.step)
-        seconds, tokens, recent = 0.0, 0, []
-        with tqdm(total=self.config.steps, initial=self.step, unit="step", dynamic_ncols=True) as bar:
-            while self.step < self.config.steps:
-                examples = next(batches)
+        self._log(
+            {
+                "event": "resume" if self.step else "start",
+                **{"step": self.step, "steps": self.steps, "warmup": self.warmup, "processes": self.processes.count},
+                **{"base_layers": self.model.llama.config.layers, "config": settings, "versions": versions},
+                **self.record,
+            }
+        )
+        loss = self._validate() if self.step == 0 else math.nan
+        seconds, tokens = 0.0, 0
+        bar = tqdm(
+            total=self.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=not self.processes.is_first
+        )
+        with bar:
+            while self.step < self.steps:
+                rows = [self.train_examples[row] for row in self.order.step(self.step)]
                 started = time.perf_counter()
-                recent.append(self._step(collate(examples)))
-                seconds += time.perf_counter() - started
-                tokens += sum(len(example.tokens) for example in examples)
-                rate = tokens / seconds
-                shown = ", ".join(f"{name} {value:.3f}" for name, value in recent[-1].items())
-                bar.set_postfix_str(f"{shown}, {rate:.0f} tokens/s")
+                figures = self._step(rows, bool(asked))
+                took = time.perf_counter() - started
+                here = sum(len(row.tokens) for row in rows)
+                seconds, tokens = seconds + took, tokens + here
+                stop = figures.pop("stop")
+                self._log({"step": self.step, **figures, "tokens_per_s": round(here / took, 1)})
+                bar.set_postfix_str(f"loss {figures['loss']:.3f}, {tokens / seconds:.0f} tokens/s")
                 bar.update()
-                if self.step % 10 == 0 or self.step == self.config.steps:
-                    means = {name: sum(line[name] for line in recent) / len(recent) for name in recent[0]}
-                    lr = self.optimizer.param_groups[0]["lr"]
-                    self._log({"step": self.step, **means, "lr": lr, "tokens_per_s": rate})
-                    recent.clear()
-                if self.step % self.config.eval_every == 0 and self.step < self.config.steps:
-                    self._validate()
-                if self.step % self.config.save_every == 0:
+                last = self.step == self.steps
+                if last or self.step % self.config.eval_every == 0:
+                    loss = self._validate()
+                if last or stop or self.step % self.config.save_every == 0:
                     self._save()
-        loss = self._validate()
-        self._save()
+                if stop and not last:
+                    self.stopped = asked.get("signal", signal.SIGTERM)
+                    return None
+        if math.isnan(loss):  # resumed where there was nothing left to do
+            loss = self._validate(log=False)
         return loss
 
     def kept_state(self) -> dict[str, Tensor]:
-        """The adapter's state dict with the weights that are validated and shipped (the running mean, if there is)."""
-        return self.model.adapter.state_dict() | self.mean
+        """The adapter's state dict with the weights that are validated (the running mean, if there is one)."""
+        return self.adapter.state_dict() | self.mean
 
-    def _step(self, batch: Batch) -> dict[str, float]:
-        """One optimiser step; returns the loss, the objective's other figures and the gradient's norm before clipping.
+    def shipped_state(self) -> tuple[int, dict[str, Tensor]]:
+        """Step and state dict of the weights that become the adapter: the last, or those of the best validation."""
+        if self.config.ship == "best":
+            state = _load(self.folder / "best.pt")
+            return state["step"], state["adapter"]
+        return self.step, self.kept_state()
+
+    def _step(self, rows: Sequence[Example], stop: bool) -> dict[str, float]:
+        """One optimiser step over the rows of all processes.
+
+        Returns:
+            Loss a target token, the gradient's norm before clipping, the learning rate, and whether any process was
+            asked to stop.
 
         Raises:
             FloatingPointError: Loss or gradient is not finite. No weight has been touched.
         """
-        config = self.config
-        seed = hash((config.seed, self.step)) % 2**63
-        torch.manual_seed(seed)
-        self.model.train()
-        features, has_image = self._batch_features(batch, torch.Generator().manual_seed(seed))
-        loss, figures = self.objective(self.model, batch, features, has_image, seed)
-        self._require_finite("loss", loss)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.adapter.parameters(), config.clip or math.inf)
-        self._require_finite("gradient's norm", norm)
+        config, processes = self.config, self.processes
+        losses, cut, targets = self.accumulate(rows)
+        total, stops = processes.sum(torch.stack([losses.sum(), losses.new_tensor(float(stop))]))
+        if not math.isfinite(total):
+            passed = zip(cut, losses.isfinite().tolist(), strict=True)
+            bad = [rows[index] for part, finite in passed if not finite for index in part]
+            self._refuse("loss", total, bad)
+        norm = torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), config.clip or math.inf).item()
+        if not math.isfinite(norm):
+            self._refuse("gradient's norm", norm, rows)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, group["peak"], config.warmup, config.steps)
+            group["lr"] = learning_rate(self.step, group["peak"], self.warmup, self.steps)
         self.optimizer.step()
         self.step += 1
         with torch.no_grad():
             decay = min(config.ema, self.step / (self.step + 10))
-            for name, parameter in self.model.adapter.named_parameters() if config.ema else ():
+            for name, parameter in self.adapter.named_parameters() if config.ema else ():
                 self.mean[name].lerp_(parameter, 1 - decay)
-        return {"loss": loss.item(), **figures, "grad_norm": norm.item()}
+        rate = self.optimizer.param_groups[0]["lr"]
+        return {"loss": total / targets, "grad_norm": norm, "lr": rate, "stop": bool(stops)}
 
-    def _require_finite(self, name: str, value: Tensor) -> None:
-        if torch.isfinite(value):
-            return
-        saved = (self.folder / "checkpoint.pt").exists()
-        kept = f"the last good checkpoint is in {self.folder}" if saved else "there is no checkpoint yet"
-        raise FloatingPointError(
-            f"the {name} is {value.item()} at step {self.step}; {kept}; try a lower --lr, or --dtype float32"
+    def accumulate(self, rows: Sequence[Example]) -> tuple[Tensor, list[list[int]], int]:
+        """Gradients of the mean loss a target over a step's rows, in as many forward passes as they take.
+
+        Returns:
+            The summed loss of each pass of this process, the indices of its rows, and the targets of all processes.
+        """
+        config, processes = self.config, self.processes
+        cut = passes([len(row.tokens) for row in rows], config.batch_tokens, processes.rank, processes.count)
+        targets = sum(len(row.tokens) - max(1, row.prompt_tokens) for row in rows)
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for number, indices in enumerate(cut):
+            seed = seed_of(config.seed, self.step, processes.rank, number)
+            torch.manual_seed(seed)
+            with nullcontext() if number == len(cut) - 1 else self._gathering():
+                loss = self.loss_of([rows[index] for index in indices], torch.Generator().manual_seed(seed))
+                # DDP takes the mean over the processes, the loss is a mean over the targets of all of them.
+                (loss * (processes.count / targets)).backward()
+            losses.append(loss.detach())
+        return torch.stack(losses), cut, targets
+
+    def loss_of(self, rows: Sequence[Example], generator: torch.Generator | None, smoothing: bool = True) -> Tensor:
+        """Cross-entropy summed over the targets of one forward pass; with a generator as in training."""
+        batch = collate(rows)
+        device = self.model.llama.device
+        features = has_image = None
+        if self.features is not None:
+            # Text rows take part with has_image False, so that every parameter has a gradient in every process.
+            features = self.features(batch.images.clamp_min(0), generator).to(device)
+            has_image = (batch.images >= 0).to(device)
+            has_image = None if has_image.all() else has_image
+        return self.model(
+            batch.tokens.to(device),
+            batch.labels.to(device),
+            features,
+            has_image,
+            label_smoothing=self.config.label_smoothing if smoothing else 0.0,
+            checkpointing=self.config.checkpointing,
         )
 
-    def _likelihood(
-        self, model: AdaptedLlama, batch: Batch, features: Tensor | None, has_image: Tensor | None, seed: int
-    ) -> tuple[Tensor, dict[str, float]]:
-        loss = model(batch.tokens, batch.labels, features, has_image, self.config.label_smoothing)
-        return loss / target_count(batch.labels), {}
+    def _gathering(self) -> AbstractContextManager:
+        """No exchange of gradients: they are summed until a step's last forward pass."""
+        called = self.model.adapter
+        return called.no_sync() if isinstance(called, DistributedDataParallel) else nullcontext()
 
-    def _batch_features(self, batch: Batch, generator: torch.Generator | None) -> tuple[Tensor | None, Tensor | None]:
-        has_image = batch.images >= 0
-        if self.features is None or not has_image.any():
-            return None, None
-        features = self.features(batch.images.clamp_min(0), generator)
-        return features, None if has_image.all() else has_image
+    def _refuse(self, name: str, value: float, rows: Sequence[Example]) -> None:
+        named = [row.where for row in rows if row.where]
+        batch = f" in a batch of {', '.join(named[:3])}{', ...' if len(named) > 3 else ''}" if named else ""
+        saved = any(self.folder.glob("checkpoint-*.pt"))
+        kept = f"the last good checkpoint is in {self.folder}" if saved else "there is no checkpoint yet"
+        raise FloatingPointError(
+            f"the {name} is {value} at step {self.step}{batch}; {kept}; try a lower --lr, or --dtype float32"
+        )
 
     @torch.no_grad()
-    def _validate(self) -> float:
+    def _validate(self, log: bool = True) -> float:
         """Mean loss a target over the validation rows, with the weights that would be kept."""
         self.model.eval()
-        adapter = self.model.adapter
+        adapter, processes = self.adapter, self.processes
         trained = {name: p.detach().clone() for name, p in adapter.named_parameters()}
         adapter.load_state_dict(self.kept_state())
-        total, targets = 0.0, 0
-        order = sorted(range(len(self.validation_examples)), key=lambda i: len(self.validation_examples[i].tokens))
-        for start in tqdm(range(0, len(order), 64), desc="validation", unit="batch", leave=False):
-            batch = collate([self.validation_examples[i] for i in order[start : start + 64]])
-            features, has_image = self._batch_features(batch, None)
-            total += self.model(batch.tokens, batch.labels, features, has_image).item()
-            targets += target_count(batch.labels)
+        rows = self.validation_examples
+        room = self.config.batch_tokens or 64 * max(len(row.tokens) for row in rows)
+        total, targets = torch.zeros((), dtype=torch.float64), 0
+        parts = passes([len(row.tokens) for row in rows], room, processes.rank, processes.count)
+        for part in tqdm(parts, desc="validation", unit="batch", leave=False, disable=not processes.is_first):
+            # A process without a row of its own goes along with one that does not count: the others wait for it.
+            batch = [rows[index] for index in part or [0]]
+            loss = self.loss_of(batch, None, smoothing=False)
+            if part:
+                total += loss.double().cpu()
+                targets += target_count(collate(batch).labels)
         adapter.load_state_dict(adapter.state_dict() | trained)
+        total, targets = processes.sum(torch.stack([total, torch.tensor(targets, dtype=torch.float64)]))
         loss = total / targets
-        gate = adapter.gate_values().abs().mean().item()
-        self._log({"step": self.step, "val_loss": loss, "mean_abs_gate": gate})
-        tqdm.write(f"step {self.step}: validation loss {loss:.4f}, mean |gate| {gate:.3f}")
+        gates = adapter.gate_values().detach()
+        if not log:
+            return loss
+        shown = [[round(value, 4) for value in layer] for layer in gates.tolist()]
+        self._log({"step": self.step, "val_loss": loss, "gates": shown})
+        if processes.is_first:
+            tqdm.write(f"step {self.step}: validation loss {loss:.4f}, mean |gate| {gates.abs().mean():.3f}")
+        if self.best is None or loss < self.best["val_loss"]:
+            self.best = {"step": self.step, "val_loss": loss}
+            self._write("best.pt", self.best | {"adapter": self.kept_state()})
         return loss
 
     def _log(self, line: dict) -> None:
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line | {"time": round(time.time(), 1)}) + "\n")
+        if self.processes.is_first:
+            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line | {"time": round(time.time(), 1)}) + "\n")
+
+    def _write(self, name: str, state: dict) -> None:
+        if self.processes.is_first:
+            with replacing(self.folder / name) as temporary:
+                torch.save(state, temporary)
 
     def _save(self) -> None:
         state = {
             "step": self.step,
+            "steps": self.steps,
+            "best": self.best,
             "config": dataclasses.asdict(self.config),
             "data_hash": self.record.get("data_hash"),
-            "adapter": self.model.adapter.state_dict(),
+            "adapter": self.adapter.state_dict(),
             "mean": self.mean,
             "optimizer": self.optimizer.state_dict(),
         }
-        temporary = self.folder / "checkpoint.tmp"  # one name: what a killed process left of it is written over
-        try:
-            torch.save(state, temporary)
-            os.replace(temporary, self.folder / "checkpoint.pt")
-        finally:
-            temporary.unlink(missing_ok=True)
+        self._write(f"checkpoint-{self.step:06}.pt", state)
+        if self.processes.is_first:
+            for old in checkpoints(self.folder)[: -self.config.keep]:
+                old.unlink()
 
     def _resume(self) -> None:
-        path = self.folder / "checkpoint.pt"
-        if not path.exists():
+        """Goes back to the folder's latest checkpoint, and the log with it."""
+        for left in self.folder.glob("*.tmp") if self.processes.is_first else ():
+            left.unlink()  # of a process that was killed while it wrote
+        found = checkpoints(self.folder)
+        if not found:
+            if self.processes.is_first:
+                (self.folder / "log.jsonl").unlink(missing_ok=True)  # of a run that was killed before its first one
+            self.processes.wait()
             return
-        try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"{path} cannot be read ({reason}); delete it to start afresh") from error
+        path = found[-1]
+        state = _load(path)
         settings = dataclasses.asdict(self.config)
-        changed = [key for key in settings if key != "steps" and settings[key] != state["config"].get(key)]
+        changed = [key for key in settings if key not in FREE and settings[key] != state["config"].get(key)]
         if changed:
             raise ValueError(
                 f"{path} was made with another {', '.join(changed)}; choose another --out, or the settings it has"
             )
-        data_hash = self.record.get("data_hash")
-        if state.get("data_hash", data_hash) != data_hash:
+        if state["data_hash"] != self.record.get("data_hash") or state["steps"] != self.steps:
             raise ValueError(f"{path} was made with other data; choose another --out, or the data it has")
-        self.model.adapter.load_state_dict(state["adapter"])
+        self.adapter.load_state_dict(state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.mean, self.step = state["mean"], state["step"]
+        self.mean = {name: tensor.to(self.model.llama.device) for name, tensor in state["mean"].items()}
+        self.step, self.best = state["step"], state["best"]
+        if self.processes.is_first:
+            _cut_log(self.folder / "log.jsonl", self.step)
+        self.processes.wait()
+
+    @contextmanager
+    def _stopping(self) -> Iterator[dict[str, signal.Signals]]:
+        """While it lasts, the first SIGTERM or Ctrl-C is noted in what it gives; a second one acts as ever."""
+        asked: dict[str, signal.Signals] = {}
+        if threading.current_thread() is not threading.main_thread():
+            yield asked  # only the main thread may have handlers
+            return
+        kinds = (signal.SIGTERM, signal.SIGINT)
+        before = {kind: signal.getsignal(kind) for kind in kinds}
+
+        def note(number: int, frame: FrameType | None) -> None:
+            asked["signal"] = signal.Signals(number)
+            for kind in kinds:
+                signal.signal(kind, before[kind])
+
+        for kind in kinds:
+            signal.signal(kind, note)
+        try:
+            yield asked
+        finally:
+            for kind in kinds:
+                signal.signal(kind, before[kind])
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, oldest first."""
+    return sorted(folder.glob("checkpoint-*.pt"))
+
+
+def _load(path: Path) -> dict:
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} cannot be read ({reason}); delete it to go on from an earlier one") from error
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Takes out of a log what came after `step`, and a line that a killed process left unfinished."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            continue
+    with replacing(path) as temporary:
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
