@@ -19,7 +19,7 @@ KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 
 AT_LEAST_ONE = (
     *("layers", "prompt_length", "batch_size", "views", "eval_every", "save_every", "projection_width", "max_tokens"),
-    *("validation_rows", "beams", "keep"),
+    *("validation_rows", "beams", "keep", "pool"),
 )
 BELOW_ONE = ("dropout", "feature_dropout", "label_smoothing", "ema", "beta1", "beta2")
 NOT_NEGATIVE = (
@@ -61,6 +61,7 @@ class RunConfig:
         batch_size: Rows an optimiser step, over all processes.
         batch_tokens: Most tokens, padding included, that one forward pass of a process takes: a step's rows are sorted
             by length and cut into as many passes as that needs, their gradients accumulated; 0 is one pass.
+        pool: Steps whose rows are drawn together and sorted by length, for little padding; 1 draws each step at random.
         steps: Optimiser steps; 0 takes `epochs`.
         epochs: Times that each row is seen, where `steps` is 0.
         lr: Peak learning rate of prompts, projection and tuning.
@@ -113,6 +114,7 @@ class RunConfig:
     seed: int = 0
     batch_size: int = 48
     batch_tokens: int = 2048
+    pool: int = 16
     steps: int = 0
     epochs: float = 1.0
     lr: float = 3e-3

@@ -104,7 +104,7 @@ class Trainer:
         self.validation_examples = [validation[i * len(validation) // taken] for i in range(taken)]
         self.features, self.record = features, record or {}
         self.steps, self.warmup = config.schedule(len(train))
-        self.order = RowOrder(len(train), config.batch_size, config.seed)
+        self.order = RowOrder([len(row.tokens) for row in train], config.batch_size, config.seed, config.pool)
         self.optimizer = make_optimizer(self.adapter, config)
         self.mean = {name: p.detach().clone() for name, p in self.adapter.named_parameters()} if config.ema else {}
         self.step = 0
