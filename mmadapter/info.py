@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mmadapter.checkpoint import FILE_NAME, Fingerprint, find_adapter, load_adapter
 from mmadapter.config import AdapterConfig, LlamaConfig
+from mmadapter.tuning import linear_widths
 from mmadapter.weights import expected_shapes, read_config
 
 # Shapes of the papers' bases, for planning before anything is there (LLaMA: arXiv 2302.13971, Table 2).
@@ -24,9 +25,13 @@ def base_parameters(config: LlamaConfig) -> int:
 
 
 def adapter_parameters(adapter: AdapterConfig, base: LlamaConfig) -> dict[str, int]:
-    """Trained numbers of prompts and gates: K * L * C and L * H (L for the scalar variant)."""
+    """Trained numbers of prompts, K * L * C, of gates, L * H (L for the scalar variant), and of the tuning if any."""
     gates = adapter.layers * (1 if adapter.gate == "scalar" else base.heads)
-    return {"prompts": adapter.layers * adapter.prompt_length * base.width, "gates": gates}
+    parts = {"prompts": adapter.layers * adapter.prompt_length * base.width, "gates": gates}
+    if adapter.tune != "prompts":
+        block = 2 * sum(linear_widths(base).values()) + 2 * base.width  # scales and biases, norms
+        parts["tuning"] = base.layers * block + base.width
+    return parts
 
 
 def cache_bytes(config: LlamaConfig, tokens: int, dtype: str) -> int:
@@ -34,10 +39,13 @@ def cache_bytes(config: LlamaConfig, tokens: int, dtype: str) -> int:
     return 2 * config.layers * config.kv_heads * config.head_width * tokens * BYTES[dtype]
 
 
-def activation_bytes(config: LlamaConfig, layers: int, tokens: int, dtype: str) -> int:
+def activation_bytes(config: LlamaConfig, adapter: AdapterConfig, tokens: int, dtype: str) -> int:
     """Estimate of what the backward pass keeps: per adapted layer and token the inputs of each operation (about 10 of
-    width C, 4 of the feed-forward's), and logits and their gradient in float32, a target for every token."""
-    per_layer = 10 * config.width + 4 * config.hidden_width
+    width C, 4 of the feed-forward's), and logits and their gradient in float32, a target for every token. Tuning adapts
+    every layer, and keeps each linear's output too."""
+    layers, per_layer = adapter.layers, 10 * config.width + 4 * config.hidden_width
+    if adapter.tune != "prompts":
+        layers, per_layer = config.layers, per_layer + sum(linear_widths(config).values())
     return layers * tokens * per_layer * BYTES[dtype] + 2 * tokens * config.vocab_size * 4
 
 
@@ -95,11 +103,12 @@ def describe(
         parts = adapter_parameters(shape, config)
         lines.append(f"adapter       as it would be, {sum(parts.values()) * 4 / 1e6:.1f} MB on disk")
     trained = sum(parts.values())
-    lines += [f"  adapted L   {shape.layers} layers, K = {shape.prompt_length} prompts, gate {shape.gate}"]
+    tuning = f", tuned bias, scale and norm of {config.layers}" if shape.tune != "prompts" else ""
+    lines += [f"  adapted L   {shape.layers} layers, K = {shape.prompt_length} prompts, gate {shape.gate}{tuning}"]
     lines += [f"  {name:<17} {count:>12,}" for name, count in parts.items()]
     lines += [f"  {'trained':<17} {trained:>12,}  ({trained / base_parameters(config):.3%} of the base)"]
     weights = base_parameters(config) * BYTES[dtype]
-    training = weights + trained * 16 + activation_bytes(config, shape.layers, batch_tokens, dtype)
+    training = weights + trained * 16 + activation_bytes(config, shape, batch_tokens, dtype)
     inference = weights + cache_bytes(config, 2048, dtype)
     lines += [
         "",

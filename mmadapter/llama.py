@@ -191,6 +191,7 @@ class Attention(nn.Module):
             x: [B, T, C].
             mask: True where a query may look, [1 or B, 1, T, S]; None is plain causal attention.
             prompt: Keys, values and gates of this layer's adaption prompts, None where the layer is not adapted.
+            tuning: Of this layer's linears and norms.
         """
         B, T, _ = x.shape
         q = tuned(self.wq(x), tuning.wq).view(B, T, self.heads, self.head_width).transpose(1, 2)  # [B, H, T, D]
@@ -342,7 +343,7 @@ class Llama(nn.Module):
             valid: False where a token, cached or new, is padding, [B, S]. Padding stands on the left of a row; it takes
                 no position and nothing looks at it. None: there is none.
             checkpointing: Where gradients are on, keeps no more than each block's input for the backward pass, which
-                then runs every block again: a third more time for a fraction of the memory.
+                then runs every block again: one more forward pass for a fraction of the memory.
 
         Raises:
             ValueError: The tokens are not [B, T] with T >= 1, the cache has no room for them, or there is one beside

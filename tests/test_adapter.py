@@ -16,9 +16,9 @@ from weight_files import huggingface_model, random_state, with_changes
 from mmadapter.adapter import Adapter, PromptKV, Prompts, select_prompts, stack_prompts
 from mmadapter.checkpoint import Fingerprint, load_adapter
 from mmadapter.config import GATES, TUNES, AdapterConfig, LlamaConfig
-from mmadapter.generate import Sampler, Sampling
 from mmadapter.llama import Llama
 from mmadapter.model import AdaptedLlama
+from mmadapter.sampling import Sampler, Sampling
 
 # ---- The equations (DESIGN, section 2), in float64, one head and one query at a time.
 
@@ -372,11 +372,12 @@ def test_a_generation_computes_prompt_keys_and_values_once(image: bool) -> None:
         assert calls[layer, "wv"] == text + (2 if image else 1)  # W_v P, and W_v I of all images at once
 
 
+@pytest.mark.parametrize("tune", TUNES)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_every_parameter_trains_on_after_an_evaluation(mode) -> None:
+def test_every_parameter_trains_on_after_an_evaluation(mode, tune: str) -> None:
     """Keys kept on a module from a pass without gradients stop the prompts from training (litgpt's mistake)."""
     llama, tokens, features = tiny.llama(), tiny.tokens(2, 6), tiny.features(2)
-    model = AdaptedLlama(llama, tiny.adapter(llama.config, image=True))
+    model = AdaptedLlama(llama, tiny.adapter(llama.config, image=True, tune=tune))
     optimizer = torch.optim.SGD(model.adapter.parameters(), lr=0.01)
     losses = []
     for _ in range(2):
@@ -392,11 +393,12 @@ def test_every_parameter_trains_on_after_an_evaluation(mode) -> None:
     assert losses[1] < losses[0]  # the evaluation saw the step
 
 
-def test_a_bfloat16_base_trains_a_float32_adapter() -> None:
+@pytest.mark.parametrize("tune", TUNES)
+def test_a_bfloat16_base_trains_a_float32_adapter(tune: str) -> None:
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
         llama = tiny.llama().to(dtype)
-        adapter = tiny.adapter(llama.config, image=True)
+        adapter = tiny.adapter(llama.config, image=True, tune=tune)
         prompts = adapter.prompts(llama, tiny.features(2))
         assert {getattr(prompts.layers[1], name).dtype for name in ("key", "value", "gate")} == {dtype}
         llama(tiny.tokens(2, 6), prompts=prompts).square().mean().backward()
@@ -404,6 +406,16 @@ def test_a_bfloat16_base_trains_a_float32_adapter() -> None:
     for name, exact in gradients[0].items():
         assert gradients[1][name].dtype == torch.float32
         assert torch.cosine_similarity(exact.flatten(), gradients[1][name].flatten(), dim=0) > 0.98, name
+
+
+def test_calls_go_through_forward() -> None:
+    """What wraps a module, such as DistributedDataParallel, sees no other."""
+    model, tokens, seen = AdaptedLlama(tiny.llama(), tiny.adapter(tiny.config())), tiny.tokens(2, 6), []
+    model.adapter.register_forward_hook(lambda module, arguments, prompts: seen.append(prompts))
+    model(tokens, tokens)
+    expected = model.adapter.prompts(model.llama)
+    assert torch.equal(seen[0].layers[2].key, expected.layers[2].key)
+    assert len(seen) == 1
 
 
 def test_an_adapter_that_does_not_fit_says_so() -> None:

@@ -13,11 +13,13 @@ import pytest
 import torch
 from tiny_session import random_state
 
-from mmadapter import generate as decoding
-from mmadapter.adapter import Adapter, Prompts, select_prompts
-from mmadapter.config import AdapterConfig, LlamaConfig
-from mmadapter.generate import Generated, Sampler, Sampling, StopText, beam_search, generate, stream
+from mmadapter import sampling as sampling_module
+from mmadapter.adapter import Adapter, Prompts, select_prompts, stack_prompts
+from mmadapter.beam import beam_search
+from mmadapter.config import TUNES, AdapterConfig, LlamaConfig
+from mmadapter.generate import Generated, StopText, generate, stream
 from mmadapter.llama import Llama
+from mmadapter.sampling import Sampler, Sampling
 from mmadapter.tokenizer import Tokenizer
 from mmadapter.vision import ImageProjection
 from mmadapter.vocabulary import Vocabulary
@@ -49,14 +51,29 @@ def make_llama(vocab_size: int = 23, context: int = 64, seed: int = 1) -> Llama:
     return Llama.from_state_dict(config, random_state(config, seed))
 
 
-def make_prompts(llama: Llama, rows: int | None) -> Prompts:
+def make_prompts(llama: Llama, rows: int | None, tune: str = "prompts") -> Prompts:
     """Prompts of a random adapter with random gates: for text (None), or with another image for each row."""
     torch.manual_seed(5)
     projection = ImageProjection(FEATURES, llama.config.width, 8)
-    adapter = Adapter(AdapterConfig(layers=2, prompt_length=3), llama.config, projection=projection)
+    adapter = Adapter(AdapterConfig(layers=2, prompt_length=3, tune=tune), llama.config, projection=projection)
+    adapter.requires_grad_(False)
     torch.nn.init.normal_(adapter.gate, std=2.0)
+    if adapter.tuning is not None:
+        for parameter in adapter.tuning.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape)
     features = None if rows is None else torch.randn(rows, FEATURES)
-    return adapter.requires_grad_(False).prompts(llama, features)
+    return adapter.prompts(llama, features)
+
+
+def prompts_of_kind(llama: Llama, kind: str) -> Prompts | None:
+    """Prompts for ROWS: one that all share, another image for each, or rows of several adapters, tuned and not."""
+    if kind == "mixed":
+        tuned = make_prompts(llama, len(ROWS), TUNES[1])
+        return stack_prompts([row_prompts(tuned, 0), make_prompts(llama, None), None, row_prompts(tuned, 3)])
+    return make_prompts(llama, len(ROWS) if kind.endswith("images") else None, TUNES[kind.startswith("tuned")])
+
+
+KINDS = ("text", "images", "tuned text", "tuned images", "mixed")
 
 
 def row_prompts(prompts: Prompts | None, row: int) -> Prompts | None:
@@ -97,10 +114,10 @@ def greedy(tokens: list[int], logits: torch.Tensor) -> int:
     return int(logits.argmax())
 
 
-@pytest.mark.parametrize("images", [False, True])
-def test_greedy_with_cache_equals_greedy_without(images):
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_with_cache_equals_greedy_without(kind):
     llama = make_llama()
-    prompts = make_prompts(llama, len(ROWS) if images else None)
+    prompts = prompts_of_kind(llama, kind)
     answers = generate(llama, make_tokenizer(), ROWS, Sampling(max_new_tokens=12), prompts)
     expected = [slow_decode(llama, row, row_prompts(prompts, i), greedy, 12) for i, row in enumerate(ROWS)]
     assert [answer.tokens for answer in answers] == expected
@@ -108,6 +125,7 @@ def test_greedy_with_cache_equals_greedy_without(images):
     assert expected != [slow_decode(llama, row, None, greedy, 12) for row in ROWS]  # and the adapter matters
 
 
+@pytest.mark.parametrize("kind", ["images", "mixed"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -119,9 +137,9 @@ def test_greedy_with_cache_equals_greedy_without(images):
         {"stop": ("a", "END")},
     ],
 )
-def test_a_batch_equals_its_rows_one_at_a_time(settings):
+def test_a_batch_equals_its_rows_one_at_a_time(settings, kind):
     llama, tokenizer = make_llama(), make_tokenizer()
-    prompts = make_prompts(llama, len(ROWS))
+    prompts = prompts_of_kind(llama, kind)
     sampling = Sampling(max_new_tokens=15, **settings)
     together = generate(llama, tokenizer, ROWS, sampling, prompts)
     alone = [generate(llama, tokenizer, [row], sampling, row_prompts(prompts, i))[0] for i, row in enumerate(ROWS)]
@@ -188,7 +206,7 @@ def plain_nucleus(logits: list[float], top_k: int, top_p: float) -> list[float]:
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 1e-9])
 def test_top_k_and_top_p_are_those_of_the_definitions(top_k, top_p):
     logits = 2 * torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
-    given = decoding._nucleus(logits, top_k, top_p)
+    given = sampling_module._nucleus(logits, top_k, top_p)
     given = given / given.sum(-1, keepdim=True)  # multinomial normalises
     expected = torch.tensor([plain_nucleus(row, top_k, top_p) for row in logits.tolist()])
     assert ((given > 0) == (expected > 0)).all()
@@ -199,7 +217,8 @@ def test_sampling_follows_the_distribution():
     """Frequencies of 20,000 first tokens against temperature, top-k and top-p of the definitions."""
     llama = make_llama()
     sampling = Sampling(max_new_tokens=1, temperature=0.7, top_k=8, top_p=0.9)
-    sampler = Sampler(llama, [ROWS[0]] * 20_000, sampling, seeds=range(20_000))
+    sampler = Sampler(llama, [ROWS[0]] * 20_000, sampling)
+    sampler.generators = [torch.Generator().manual_seed(row) for row in range(20_000)]
     counts = torch.tensor(list(sampler.step().values())).bincount(minlength=23) / 20_000
     expected = plain_nucleus((next_logits(llama, ROWS[0], None) / 0.7).tolist(), 8, 0.9)
     torch.testing.assert_close(counts, torch.tensor(expected), atol=0.015, rtol=0)
@@ -232,20 +251,6 @@ def test_a_seed_decides_what_is_drawn():
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
     assert draw(-3) != draw(3)
-
-
-def test_rows_of_the_sampler_may_have_seeds_of_their_own():
-    llama = make_llama()
-    sampling = Sampling(max_new_tokens=9, temperature=1.5)
-
-    def draw(seeds: list[int] | None, rows: int) -> list[list[int]]:
-        sampler = Sampler(llama, [ROWS[0]] * rows, sampling, seeds=seeds)
-        return [list(tokens) for tokens in zip(*(sampler.step().values() for _ in range(9)), strict=True)]
-
-    several = draw([4, 5, 6], 3)
-    assert several == [draw([seed], 1)[0] for seed in (4, 5, 6)]
-    assert several[0] != several[1]
-    assert draw(None, 2)[0] == draw(None, 2)[1] == draw([0], 1)[0]
 
 
 def slow_beams(
@@ -286,13 +291,18 @@ def log_probabilities_of(
     return after
 
 
-@pytest.mark.parametrize("images", [False, True])
 @pytest.mark.parametrize(
-    ("beams", "length_penalty", "penalty"), [(2, 1.0, 1.0), (3, 0.0, 1.0), (4, 0.6, 1.0), (3, 2.0, 1.0), (3, 1.0, 1.5)]
+    ("beams", "length_penalty", "penalty", "kind"),
+    [
+        *((*numbers, kind) for numbers in ((2, 1.0, 1.0), (3, 1.0, 1.5)) for kind in KINDS),
+        (3, 0.0, 1.0, "images"),
+        (4, 0.6, 1.0, "images"),
+        (3, 2.0, 1.0, "images"),
+    ],
 )
-def test_beam_search_equals_a_slow_one(beams, length_penalty, penalty, images):
+def test_beam_search_equals_a_slow_one(beams, length_penalty, penalty, kind):
     llama = make_llama()
-    prompts = make_prompts(llama, len(ROWS) if images else None)
+    prompts = prompts_of_kind(llama, kind)
     sampling = Sampling(max_new_tokens=7, beams=beams, length_penalty=length_penalty, repetition_penalty=penalty)
     expected = [
         slow_beams(log_probabilities_of(llama, row, row_prompts(prompts, i), penalty), STOPS, beams, 7, length_penalty)

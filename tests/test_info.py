@@ -10,8 +10,8 @@ import tiny_session
 import torch
 
 from mmadapter import info
-from mmadapter.config import AdapterConfig
-from mmadapter.info import SHAPES, adapter_parameters, base_parameters, cache_bytes, describe
+from mmadapter.config import TUNES, AdapterConfig, LlamaConfig
+from mmadapter.info import SHAPES, activation_bytes, adapter_parameters, base_parameters, cache_bytes, describe
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +63,14 @@ def test_a_base_has_the_size_of_the_model_itself(tiny):
     assert adapter_parameters(AdapterConfig(2, 3), llama.config) == {"prompts": 2 * 3 * 32, "gates": 2 * 4}
 
 
-@pytest.mark.parametrize("name", ["sees", "reads"])
+@pytest.mark.parametrize("name", ["sees", "reads", "tuned"])
 def test_an_adapter_has_the_size_of_its_trained_parameters(tiny, tmp_path, name):
     adapter = getattr(tiny, name)
     text = describe(str(tiny.llama), str(adapter))
     trained = list(tiny.load(adapter)._adapter.parameters())
     assert number(text, "trained") == sum(parameter.numel() for parameter in trained)
-    assert ("image projection" in text) == ("timm:test_resnet" in text) == (name == "sees")
+    assert ("image projection" in text) == ("timm:test_resnet" in text) == (name != "reads")
+    assert ("tuned bias, scale and norm of 3" in text) == (" tuning " in text) == (name == "tuned")
     file = adapter / "adapter.safetensors"
     assert f"adapter       {adapter}, {file.stat().st_size / 1e6:.1f} MB on disk" in text
     assert describe(str(tiny.llama), str(file)).splitlines()[9:] == text.splitlines()[9:]
@@ -77,6 +78,17 @@ def test_an_adapter_has_the_size_of_its_trained_parameters(tiny, tmp_path, name)
     (tmp_path / "run" / "checkpoint.pt").write_bytes(bytes(10**6))  # what a training run leaves beside it is not it
     described = describe(str(tiny.llama), str(tmp_path / "run"))
     assert described.replace(str(tmp_path / "run"), str(adapter)) == text
+
+
+def test_tuning_needs_memory_in_every_layer():
+    """A scale and a bias for each output of seven linears, and two norms; the final norm once."""
+    base = LlamaConfig(100, width=10, layers=5, heads=3, kv_heads=1, head_width=4, hidden_width=7)
+    prompts, tuned = (AdapterConfig(2, 3, tune=tune) for tune in TUNES)
+    assert adapter_parameters(tuned, base)["tuning"] == 5 * (2 * (12 + 4 + 4 + 10 + 7 + 10 + 7) + 2 * 10) + 10
+    assert "tuning" not in adapter_parameters(prompts, base)
+    logits = 2 * 60 * 100 * 4
+    assert activation_bytes(base, prompts, 60, "float32") == 2 * 60 * (100 + 28) * 4 + logits
+    assert activation_bytes(base, tuned, 60, "float32") == 5 * 60 * (100 + 28 + 54) * 4 + logits
 
 
 def test_an_official_checkpoint_is_described_too(tiny, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from weight_files import DIVISORS, SCALING, huggingface_model, random_state, with_changes
 
 from mmadapter import llama as llama_module
-from mmadapter.config import LlamaConfig
+from mmadapter.config import TUNES, LlamaConfig
 from mmadapter.llama import KVCache, Llama, attend
 from mmadapter.model import AdaptedLlama
 from mmadapter.weights import expected_shapes, load_state_dict, open_weights, store
@@ -188,6 +188,8 @@ def test_errors_say_what_came() -> None:
         model(tiny.tokens(1, 2), cache=cache)
     assert cache.length == 3
     model(tiny.tokens(1, 1), cache=cache)  # what fits still goes in
+    with pytest.raises(ValueError, match="checkpointing runs each block twice, which a cache does not stand"):
+        model.hidden(tiny.tokens(1, 1), cache=model.new_cache(1, 4), checkpointing=True)
     for wrong in (torch.tensor([1, 2]), torch.empty(2, 0, dtype=torch.long), torch.ones(1, 1, 1, dtype=torch.long)):
         with pytest.raises(ValueError, match=r"tokens must be \[B, T\].*got shape"):
             model(wrong)
@@ -218,11 +220,12 @@ def test_the_model_holds_the_tensors_it_was_given() -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("tune", TUNES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_an_adapter_leaves_the_base_as_it_is(tied: bool) -> None:
+def test_an_adapter_leaves_the_base_as_it_is(tied: bool, tune: str) -> None:
     """Its keys stay Meta's, and after a use with prompts its tensors and logits are what they were, bit for bit."""
     shape: LlamaConfig = tiny.config(tied=tied)
-    model, adapter, tokens = tiny.llama(shape), tiny.adapter(shape), tiny.tokens(1, 5)
+    model, adapter, tokens = tiny.llama(shape), tiny.adapter(shape, tune=tune), tiny.tokens(1, 5)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     logits = model(tokens)
     assert sorted(before) == sorted(expected_shapes(shape))
@@ -232,4 +235,5 @@ def test_an_adapter_leaves_the_base_as_it_is(tied: bool) -> None:
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert torch.equal(model(tokens), logits)
-    assert sorted(adapter.state_dict()) == ["gate", "prompt"]
+    own = [name for name in adapter.state_dict() if not name.startswith("tuning.")]
+    assert own == ["prompt", "gate"]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import tiny
 import torch
 from torch import Tensor
 
 from mmadapter import model as model_module
+from mmadapter.config import TUNES
 from mmadapter.data import IGNORE_INDEX
 from mmadapter.model import AdaptedLlama, target_count
 
 
-def adapted(*, layers: int = 2, image: bool = True, tied: bool = False) -> AdaptedLlama:
+def adapted(*, layers: int = 2, image: bool = True, tied: bool = False, tune: str = "prompts") -> AdaptedLlama:
     llama = tiny.llama(tiny.config(tied=tied))
-    return AdaptedLlama(llama, tiny.adapter(llama.config, layers=layers, image=image))
+    return AdaptedLlama(llama, tiny.adapter(llama.config, layers=layers, image=image, tune=tune))
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -26,12 +29,13 @@ def batch() -> tuple[Tensor, Tensor]:
     return tokens, labels
 
 
+@pytest.mark.parametrize("tune", TUNES)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_loss_and_its_gradients_are_plain_cross_entropy(smoothing: float, tied: bool) -> None:
+def test_the_loss_and_its_gradients_are_plain_cross_entropy(smoothing: float, tied: bool, tune: str) -> None:
     tokens, labels = batch()
     features, has_image = tiny.features(3), torch.tensor([True, False, True])
-    model, plain = adapted(tied=tied), adapted(tied=tied)
+    model, plain = (adapted(tied=tied, tune=tune) for _ in range(2))
     loss = model(tokens, labels, features, has_image, label_smoothing=smoothing)
     loss.backward()
     logits = plain.llama(tokens, prompts=plain.adapter.prompts(plain.llama, features, has_image=has_image))
@@ -40,6 +44,7 @@ def test_the_loss_and_its_gradients_are_plain_cross_entropy(smoothing: float, ti
     expected.backward()
     torch.testing.assert_close(loss, expected)
     for name, parameter in model.adapter.named_parameters():
+        assert parameter.grad.any(), name
         torch.testing.assert_close(
             parameter.grad, plain.adapter.get_parameter(name).grad, atol=1e-5, rtol=1e-4, msg=name
         )
@@ -114,10 +119,50 @@ def test_the_base_is_frozen_and_gets_no_gradient() -> None:
     assert trained == ["adapter.prompt", "adapter.gate"]
 
 
+@pytest.mark.parametrize("tune", TUNES)
+@pytest.mark.parametrize("with_features", [False, True], ids=["text", "image"])
+def test_checkpointing_gives_the_same_gradients_and_runs_each_block_again(with_features: bool, tune: str) -> None:
+    (tokens, labels), features = batch(), tiny.features(3) if with_features else None
+    found = []
+    for checkpointing in (False, True):
+        model, runs = adapted(image=with_features, tune=tune), Counter()
+        for index, block in enumerate(model.llama.layers):
+            block.register_forward_pre_hook(lambda *_, key=index, runs=runs: runs.update([key]))
+        loss = model(tokens, labels, features, checkpointing=checkpointing)
+        forward = dict(runs)
+        loss.backward()
+        found.append((loss, {name: parameter.grad for name, parameter in model.adapter.named_parameters()}))
+        again = {index: runs[index] - forward[index] for index in range(3)}
+        trains = [tune != "prompts", True, True]  # nothing trains in layer 0 without tuning
+        assert forward == {0: 1, 1: 1, 2: 1}
+        assert again == {index: int(checkpointing and trains[index]) for index in range(3)}
+    (loss, gradients), (other_loss, other_gradients) = found
+    assert torch.equal(loss, other_loss)
+    for name, gradient in gradients.items():
+        assert gradient.any(), name
+        assert torch.equal(gradient, other_gradients[name]), name
+
+
+def test_checkpointing_keeps_less() -> None:
+    (tokens, labels), kept = batch(), []
+    for checkpointing in (False, True):
+        model, sizes = adapted(image=False, tune=TUNES[1]), []
+
+        def note(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            model(tokens, labels, checkpointing=checkpointing)
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 3
+
+
+@pytest.mark.parametrize("tune", TUNES)
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_layers_below_the_first_adapted_one_build_no_graph(layers: int) -> None:
-    """They would keep their activations for a backward pass that nothing under them needs."""
-    model, (tokens, labels) = adapted(layers=layers), batch()
+def test_layers_below_the_first_adapted_one_build_no_graph(layers: int, tune: str) -> None:
+    """They would keep their activations for a backward pass that nothing under them needs; tuning needs them all."""
+    model, (tokens, labels) = adapted(layers=layers, tune=tune), batch()
     tracked: dict[str, bool] = {}
     for index, block in enumerate(model.llama.layers):
         for name in ("attention", "feed_forward"):
@@ -125,7 +170,7 @@ def test_layers_below_the_first_adapted_one_build_no_graph(layers: int) -> None:
                 lambda _module, _args, out, key=f"{index}.{name}": tracked.update({key: out.requires_grad})
             )
     model(tokens, labels)
-    first = 3 - layers
+    first = 3 - layers if tune == "prompts" else 0
     assert tracked == {f"{i}.{name}": i >= first for i in range(3) for name in ("attention", "feed_forward")}
 
 

@@ -46,6 +46,7 @@ class Tiny:
         bare: The same base without a tokenizer.
         sees: Adapter folder of task "caption", template "plain".
         reads: Adapter folder of task "instruct", template "alpaca", without images.
+        tuned: As `sees`, with tuned biases, scales and norms.
         pictures: Folder of 5 small pictures, 0.png to 4.png.
     """
 
@@ -54,6 +55,7 @@ class Tiny:
     bare: Path
     sees: Path
     reads: Path
+    tuned: Path
     pictures: Path
 
     def picture(self, number: int) -> Path:
@@ -65,7 +67,7 @@ class Tiny:
 
 def build(folder: Path) -> Tiny:
     """Writes the whole tiny model under `folder`."""
-    tiny = Tiny(*(folder / name for name in ("llama", "plain", "bare", "sees", "reads", "pictures")))
+    tiny = Tiny(*(folder / name for name in ("llama", "plain", "bare", "sees", "reads", "tuned", "pictures")))
     write_tokenizer(tiny.llama, CHATML)
     write_tokenizer(tiny.plain, None)
     tokenizer = open_tokenizer(tiny.llama)
@@ -76,6 +78,7 @@ def build(folder: Path) -> Tiny:
     fingerprint = Fingerprint.of(config, tokenizer.tokens())
     write_adapter(tiny.sees, config, fingerprint, "caption", "plain", encoder)
     write_adapter(tiny.reads, config, fingerprint, "instruct", "alpaca", None)
+    write_adapter(tiny.tuned, config, fingerprint, "caption", "plain", encoder, tune="prompts+bias+scale+norm")
     tiny.pictures.mkdir()
     for number in range(5):
         picture(number).save(tiny.picture(number))
@@ -194,9 +197,11 @@ def write_adapter(
     task: str,
     template: str,
     vision: VisionConfig | None,
+    tune: str = "prompts",
     **about: object,
 ) -> None:
-    """An adapter of random prompts, random gates that are not zero, and where it sees a random projection."""
+    """An adapter of random prompts, random gates that are not zero, a random tuning if any, and where it sees a random
+    projection."""
     torch.manual_seed(len(task))
     projection = None
     if vision is not None:
@@ -204,9 +209,13 @@ def write_adapter(
         projection = ImageProjection(sum(encoder.widths), llama.width, 24)
         projection.set_statistics(encoder.features_of([picture(number) for number in range(100, 108)]))
         vision = encoder.config
-    config = AdapterConfig(layers=2, prompt_length=3)
+    config = AdapterConfig(layers=2, prompt_length=3, tune=tune)
     adapter = Adapter(config, llama, projection=projection)
     torch.nn.init.normal_(adapter.gate)
+    if adapter.tuning is not None:
+        with torch.no_grad():
+            for parameter in adapter.tuning.parameters():
+                parameter += 0.3 * torch.randn(parameter.shape)
     save_adapter(
         folder / checkpoint.FILE_NAME,
         adapter.state_dict(),
