@@ -45,6 +45,12 @@ TEMPLATES = {
     ),
     # The instruction alone: a tenth of Alpaca's tokens, for tasks of one fixed instruction.
     "plain": Template(with_input="{instruction}:\n{input}\n", without_input="{instruction}:", separator=" "),
+    # A question, perhaps about a text, in the form that base models know.
+    "question": Template(
+        with_input="{input}\nQuestion: {instruction}\nAnswer:",
+        without_input="Question: {instruction}\nAnswer:",
+        separator=" ",
+    ),
     # A text that is a whole prompt already, such as ScienceQA's (mmadapter/scienceqa.py).
     "bare": Template(with_input="{instruction}\n{input}", without_input="{instruction}", separator=" "),
 }
@@ -62,8 +68,14 @@ def template(name: str) -> Template:
 
 
 def question_text(question: str, choices: Sequence[str] | None = None) -> str:
-    """A question, with lettered options where there are some, as an instruction (PAPER: question, then options)."""
+    """A question, with lettered options where there are some, as an instruction (PAPER: question, then options).
+
+    The question is put as people write: a capital at the start, one blank between words, none before the question mark
+    (some data sets, such as DAQUAR, have it otherwise).
+    """
+    words = " ".join(question.split()).replace(" ?", "?")
+    asked = words[:1].upper() + words[1:]
     if not choices:
-        return question.strip()
+        return asked
     options = " ".join(f"({chr(ord('A') + index)}) {choice}" for index, choice in enumerate(choices))
-    return f"{question.strip()}\nOptions: {options}"
+    return f"{asked}\nOptions: {options}"

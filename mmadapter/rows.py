@@ -86,10 +86,10 @@ def read_rows(
     good: list[Row] = []
     bad: list[BadRow] = []
     other_splits: set[str] = set()
-    for where, record in _records(path):
+    for where, record in records(path):
         try:
-            fields = _object(record)
-            own_split = _text(fields, "split", optional=True)
+            fields = fields_of(record)
+            own_split = text_field(fields, "split", optional=True)
             if split is not None and own_split not in ("", split):
                 other_splits.add(own_split)
                 continue
@@ -147,6 +147,28 @@ def require_good(bad: Sequence[BadRow], skip: bool) -> None:
     print(f"left out {_first(bad)}", file=sys.stderr)
 
 
+def held_aside(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Training rows, and at least `count` rows for validation; rows of one picture stay on one side.
+
+    Args:
+        count: 0 is one row in twenty, at most 500.
+    """
+    import torch  # here, so that reading rows does without it
+
+    from mmadapter.data import seed_of
+
+    groups: dict[object, list[Row]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(index if row.image is None else row.image, []).append(row)
+    order = list(groups.values())
+    shuffled = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed_of(seed, 0))).tolist()
+    wanted = count or max(1, min(500, len(rows) // 20))
+    train, validation = [], []
+    for index in shuffled:
+        (validation if len(validation) < wanted else train).extend(order[index])
+    return train, validation
+
+
 def answer_text(answer: str) -> str:
     """An answer as it is said: "wine_glass, cup" becomes "wine glass, cup".
 
@@ -165,18 +187,23 @@ def _first(bad: Sequence[BadRow], limit: int = 3) -> str:
 def _row(fields: dict, where: str, form: Template, folders: Sequence[Path]) -> Row:
     """A row from its fields; a ValueError says why there is none."""
     if "question" in fields and "instruction" not in fields:
-        prompt = form.render(question_text(_text(fields, "question")))
-        response = answer_text(_text(fields, "answer"))
+        prompt = form.render(question_text(text_field(fields, "question")))
+        response = answer_text(text_field(fields, "answer"))
     elif "instruction" in fields:
-        prompt = form.render(_text(fields, "instruction"), _text(fields, "input", optional=True))
-        response = _text(fields, "output")
+        prompt = form.render(text_field(fields, "instruction"), text_field(fields, "input", optional=True))
+        response = text_field(fields, "output")
     else:
         raise ValueError(f"has neither instruction nor question, its fields are {', '.join(map(repr, fields))[:80]}")
-    name = _text(fields, "image", optional=True)
-    return Row(prompt, response.strip(), _picture(name, folders) if name else None, where)
+    name = text_field(fields, "image", optional=True)
+    return Row(prompt, response.strip(), find_picture(name, folders) if name else None, where)
 
 
-def _object(record: object) -> dict:
+def fields_of(record: object) -> dict:
+    """The fields of a row that `records` gave.
+
+    Raises:
+        ValueError: It is no object, or no JSON at all.
+    """
     if isinstance(record, json.JSONDecodeError):
         raise ValueError(f"not JSON: {record.msg} (column {record.colno})")
     if not isinstance(record, dict):
@@ -184,8 +211,12 @@ def _object(record: object) -> dict:
     return record
 
 
-def _text(fields: dict, name: str, *, optional: bool = False) -> str:
-    """A field's text; of an optional one "" where it is absent, null or blank."""
+def text_field(fields: dict, name: str, *, optional: bool = False) -> str:
+    """A field's text; of an optional one "" where it is absent, null or blank.
+
+    Raises:
+        ValueError: It is absent, empty, not text, or not text that can be encoded.
+    """
     value = fields.get(name)
     if value is None and optional:
         return ""
@@ -204,7 +235,12 @@ def _text(fields: dict, name: str, *, optional: bool = False) -> str:
     return value
 
 
-def _picture(name: str, folders: Sequence[Path]) -> Path:
+def find_picture(name: str, folders: Sequence[Path]) -> Path:
+    """The picture's file in the first of the folders that has it.
+
+    Raises:
+        ValueError: None has it.
+    """
     for folder in folders:
         if os.path.isfile(folder / name):  # not Path.is_file, which raises for a name that is too long
             return folder / name
@@ -212,8 +248,13 @@ def _picture(name: str, folders: Sequence[Path]) -> Path:
     raise ValueError(f"there is no picture {name!r:.200}{places}")
 
 
-def _records(path: Path) -> Iterator[tuple[str, object]]:
-    """Every row of a file with its place; of JSON lines, a line that is not JSON as the error that it gave."""
+def records(path: Path) -> Iterator[tuple[str, object]]:
+    """Every row of a file of JSON or JSON lines with its place; a line that is not JSON as the error that it gave.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not JSON, or holds no list of rows.
+    """
     text = read_text(path)
     if not text.strip():
         raise ValueError(f"{path} is empty; {EXPECTED}")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mmadapter import image
 from mmadapter import rows as rows_module
-from mmadapter.prompts import TEMPLATES
+from mmadapter.prompts import TEMPLATES, question_text
 from mmadapter.rows import BadRow, Row, answer_text, check_images, read_rows, require_good
 
 DATA = os.environ.get("MMADAPTER_DATA")
@@ -66,6 +66,8 @@ def test_a_file_of_one_row(tmp_path):
         good, _ = read_rows(written(tmp_path, text))
         assert without_places(good) == [alpaca(ADD)]
     assert good[0].where == "rows.json, line 2"
+    good, _ = read_rows(written(tmp_path, as_lines([COLOUR])))
+    assert [row.response for row in good] == ["red"]
 
 
 def test_the_prompt_is_that_of_the_template_without_its_separator(tmp_path):
@@ -74,7 +76,7 @@ def test_the_prompt_is_that_of_the_template_without_its_separator(tmp_path):
     assert prompts == [
         ("Add the numbers.:\n2 and 3\n", "5"),
         ("Greet me.:", "Hello."),
-        ("what colour is it ?:", "red"),
+        (question_text("what colour is it ?") + ":", "red"),
     ]
     with pytest.raises(ValueError, match="no prompt template 'fancy'"):
         read_rows(path, template_name="fancy")
@@ -306,6 +308,8 @@ def test_a_row_under_data_is_named_by_its_number_and_line(tmp_path):
     good, bad = read_rows(path)
     assert [row.where for row in good] == ["rows.json, row 1 (line 4)"]
     assert [row.where for row in bad] == ["rows.json, row 2 (line 5)"]
+    (row,), _ = read_rows(written(tmp_path, f'{{"data": [{json.dumps(ADD)}],\n"data": [{json.dumps(GREET)}]}}'))
+    assert (row.response, row.where) == ("Hello.", "rows.json, row 1 (line 2)"), "the last of two is JSON's"
 
 
 def test_a_line_that_is_not_json_is_a_bad_row(tmp_path):
@@ -339,6 +343,7 @@ def test_a_line_that_json_cannot_hold_is_a_bad_row(tmp_path):
         ('[\n{"instruction": "x", "output": "y"}\n', "line 3, column 1"),
         ('{"data": [\n{"instruction": "x", "output": "y"}\n', "line 3, column 1"),
         ('{\n "data": oops}', "line 2, column 10"),
+        ('[{"instruction": "x", "output": "y"}]\n]', "line 2, column 1"),
         ("[" * 99_999, "line 1, column 1"),
         ("instruction,output\nx,y\n", "line 1, column 1"),
     ],
