@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mmadapter.record import git_commit
+from mmadapter.record import file_sha256, git_commit
+
+if TYPE_CHECKING:
+    from mmadapter.session import Session
 
 
 def provenance(command: str, packages: Sequence[str], **programs: str | None) -> dict[str, Any]:
@@ -100,3 +103,19 @@ def read_kept(path: Path, model: dict[str, Any], fields: Sequence[str], what: st
 def note(message: str) -> None:
     """Says something beside the result, on standard error."""
     print(message, file=sys.stderr, flush=True)
+
+
+def sees(session: Session) -> bool:
+    """Whether the adapter in use was trained with images; the others are asked without, also where there is one."""
+    return session.about is not None and session.about.vision is not None
+
+
+def adapter_hash(name: str) -> str:
+    """SHA-256 of the adapter's weights: one trained anew under the same name is another model."""
+    from mmadapter.checkpoint import FILE_NAME, find_adapter
+
+    path = find_adapter(name)
+    if path.is_dir():
+        names = (FILE_NAME, "adapter_model.safetensors", "adapter_model.bin")
+        path = next(path / name for name in names if (path / name).is_file())
+    return file_sha256(path)

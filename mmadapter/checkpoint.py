@@ -79,7 +79,7 @@ class AdapterFile:
         fingerprint: Of that base; None where the file does not say.
         vision: Image encoder, scales and preprocessing; None for a text adapter.
         projection_width: Inner width of the image projection; 0 without one.
-        generation: Default decoding settings of the task (fields of `generate.Sampling`).
+        generation: Default decoding settings of the task (fields of `sampling.Sampling`).
         training: Data, its licence, rows, steps and settings.
         scores: Of the weights in the file.
         git_commit: Of the code that trained it.
@@ -109,17 +109,20 @@ def save_adapter(path: Path, state: dict[str, Tensor], about: AdapterFile) -> No
 
 
 def find_adapter(name: str | os.PathLike) -> Path:
-    """The file or folder of an adapter: a path as it is, a name in the repository's assets, then in the cache.
+    """The file or folder of an adapter: a plain name is looked for in the repository's assets, then in the cache.
+
+    What is neither there, or is a path, is taken as it is: `./caption` is a folder of the working directory.
 
     Raises:
         FileNotFoundError: There is none; the message lists the names there are.
     """
+    folders = [SHIPPED, cache_folder() / "adapters"]
+    if isinstance(name, str) and os.path.basename(name) == name:
+        for folder in folders:
+            if (folder / name).exists():
+                return folder / name
     if Path(name).exists():
         return Path(name)
-    folders = [SHIPPED, cache_folder() / "adapters"]
-    for folder in folders:
-        if (folder / name).exists():
-            return folder / name
     known = sorted({entry.name for folder in folders if folder.is_dir() for entry in folder.iterdir()})
     raise FileNotFoundError(f"no adapter {str(name)!r}: neither a path nor one of {', '.join(known) or 'none'}")
 

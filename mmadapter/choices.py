@@ -7,14 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmadapter import scienceqa
 from mmadapter.adapter import Prompts, select_prompts
-from mmadapter.generate import prefill
 from mmadapter.llama import Llama
+from mmadapter.prompts import question_text, template
+from mmadapter.sampling import prefill
+from mmadapter.scienceqa import Problem, parse_format, prompt_text
+
+if TYPE_CHECKING:
+    from mmadapter.checkpoint import AdapterFile
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,24 @@ class Scores:
     def mean(self) -> Tensor:
         """Log-probability a token: long endings are not at a disadvantage."""
         return self.total / self.tokens
+
+
+def choice_texts(about: AdapterFile | None, question: str, choices: Sequence[str]) -> tuple[str, list[str]]:
+    """A question as text to read, and each choice as text to answer, as the adapter was trained to have them.
+
+    An adapter of ScienceQA has its own prompt format; one that was trained on questions without options is asked
+    without them; every other model, the base (None) included, is shown the options.
+    """
+    form = template(about.template if about is not None else "plain")
+    task = about.task if about is not None else ""
+    endings = list(choices)
+    if task == "scienceqa":
+        problem = Problem(pid="", question=question, choices=tuple(choices), answer=0)
+        text = prompt_text(problem, parse_format(about.training.get("format", "QCM-A")))
+        endings = scienceqa.choice_texts(problem, about.training.get("answer_form", "letter"))
+    else:
+        text = question_text(question, None if task == "answer" else choices)
+    return form.render(text), [(form.separator or " ") + ending for ending in endings]
 
 
 @torch.inference_mode()

@@ -22,11 +22,13 @@ from torch import Tensor
 from mmadapter import generate as decoding
 from mmadapter.adapter import Adapter, Prompts
 from mmadapter.checkpoint import AdapterFile, Fingerprint, find_adapter, load_adapter
+from mmadapter.choices import choice_texts, log_likelihoods
 from mmadapter.config import VisionConfig
-from mmadapter.generate import Generated, Sampling
+from mmadapter.generate import Generated
 from mmadapter.image import ImageSource, load_image, to_square
 from mmadapter.llama import Llama
 from mmadapter.prompts import CAPTION_INSTRUCTION, question_text, template
+from mmadapter.sampling import Sampling
 from mmadapter.tokenizer import Tokenizer
 from mmadapter.vision import ImageEncoder, load_encoder
 from mmadapter.weights import load_state_dict, open_weights
@@ -95,7 +97,7 @@ class Session:
     """See the module; `load` makes one.
 
     Attributes:
-        strength: Factor on the gates: 0 is the base model, 1 the adapter as trained.
+        strength: Factor on the gates and on what the tuning changes: 0 is the base model, 1 the adapter as trained.
         adapter_name: Of the adapter in use, None for the base model.
         about: The metadata of that adapter, None for the base model.
     """
@@ -254,7 +256,7 @@ class Session:
             progress: Shows a bar on standard error.
             examples: Captions put before the question, for a base model that learns in context. With a list, be it
                 empty, the base model is asked although it cannot see: a baseline.
-            **settings: Fields of `generate.Sampling`; None or absent takes the adapter's default.
+            **settings: Fields of `sampling.Sampling`; None or absent takes the adapter's default.
 
         Raises:
             FileNotFoundError, ValueError: An image cannot be read, no adapter that sees is loaded, or a setting is
@@ -292,7 +294,7 @@ class Session:
 
         Args:
             choices: Possible answers; the likeliest one is taken, by its mean log-probability a token.
-            **settings: Fields of `generate.Sampling`; absent ones take the adapter's default.
+            **settings: Fields of `sampling.Sampling`; absent ones take the adapter's default.
 
         Returns:
             The text; with choices a `Choice`.
@@ -308,37 +310,18 @@ class Session:
         if choices is not None and len(choices) < 2:
             raise ValueError(f"choices must be two or more, got {len(choices)}")
         sampling = self.sampling("answer", settings)
-        form = template(self.about.template if self.about is not None else "plain")
         prompts = self.prompts([image])
         if choices is None:
+            form = template(self.about.template if self.about is not None else "plain")
             tokens = self.tokenizer.encode(form.render(question_text(question)))
             return self.generate([tokens], sampling, prompts)[0].text.strip()
-        tokens = self.tokenizer.encode(form.render(question_text(question, choices)))
-        endings = [self.tokenizer.encode((form.separator or " ") + choice, bos=False) for choice in choices]
-        means = self._log_likelihoods(tokens, endings, prompts)
-        probabilities = torch.softmax(means, dim=0).tolist()
+        text, endings = choice_texts(self.about, question, choices)
+        # An adapter has learnt to stop after its answer; what the base would write next is not known.
+        end = [self.tokenizer.eos_id] if self.about is not None else []
+        tokens = [[*self.tokenizer.encode(ending, bos=False), *end] for ending in endings]
+        means = log_likelihoods(self.llama, [self.tokenizer.encode(text)], [tokens], prompts)[0].mean()
         index = int(means.argmax())
-        return Choice(choices[index], index, probabilities)
-
-    @torch.inference_mode()
-    def _log_likelihoods(self, tokens: list[int], endings: list[list[int]], prompts: Prompts | None) -> Tensor:
-        """Mean log-probability a token of each ending after `tokens`, [number of endings]."""
-        longest = max(len(ending) for ending in endings)
-        context = self.llama.config.context
-        if len(tokens) + longest > context:
-            raise ValueError(
-                f"question and choice have {len(tokens) + longest} tokens and the model's context holds {context}; "
-                "shorten them"
-            )
-        rows = torch.tensor([tokens + ending + [0] * (longest - len(ending)) for ending in endings])
-        hidden = self.llama.hidden(rows.to(self.llama.device), prompts=prompts)
-        log_probabilities = self.llama.logits(hidden[:, len(tokens) - 1 : -1]).log_softmax(-1)  # [choices, longest, V]
-        return torch.stack(
-            [
-                log_probabilities[row, torch.arange(len(ending)), torch.tensor(ending)].mean()
-                for row, ending in enumerate(endings)
-            ]
-        )
+        return Choice(choices[index], index, torch.softmax(means, dim=0).tolist())
 
     def chat(
         self,
@@ -358,7 +341,7 @@ class Session:
             image: What the conversation is about.
             stream: Gives an iterator of text pieces, which joined are the text, instead of the text.
             cancelled: Set from another thread to stop.
-            **settings: Fields of `generate.Sampling`; absent ones take the adapter's default.
+            **settings: Fields of `sampling.Sampling`; absent ones take the adapter's default.
 
         Raises:
             ValueError: A message is not of that form, the last one is not the user's or empty, no adapter that sees the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -27,7 +28,7 @@ from mmadapter.checkpoint import (
     read_about,
     save_adapter,
 )
-from mmadapter.config import GATES, AdapterConfig, VisionConfig
+from mmadapter.config import GATES, TUNES, AdapterConfig, VisionConfig
 from mmadapter.info import SHAPES, adapter_parameters
 
 BASE = tiny.config()
@@ -40,6 +41,10 @@ PROJECTION = [
         *("output.bias", "output.weight", "output_norm.bias", "output_norm.weight"),
     )
 ]
+TUNING = sorted(
+    [f"tuning.{kind}.{name}" for kind in ("scale", "bias") for name in ("wq", "wk", "wv", "wo", "w1", "w2", "w3")]
+    + [f"tuning.norm.{name}" for name in ("attention", "ffn", "final")]
+)
 
 
 def about(adapter: Adapter, **changes: object) -> AdapterFile:
@@ -61,8 +66,8 @@ def about(adapter: Adapter, **changes: object) -> AdapterFile:
     return dataclasses.replace(facts, **changes)
 
 
-def saved(path: Path, *, image: bool = True, **changes: object) -> Adapter:
-    adapter = tiny.adapter(BASE, image=image)
+def saved(path: Path, *, image: bool = True, tune: str = "prompts", **changes: object) -> Adapter:
+    adapter = tiny.adapter(BASE, image=image, tune=tune)
     save_adapter(path, adapter.state_dict(), about(adapter, **changes))
     return adapter
 
@@ -83,15 +88,17 @@ def load_message(path: Path, kind: type[Exception] = ValueError, **options: obje
 # ---- Our own file.
 
 
+@pytest.mark.parametrize("tune", TUNES)
 @pytest.mark.parametrize("image", [False, True], ids=["text", "image"])
 @pytest.mark.parametrize("gate", GATES)
-def test_what_is_saved_comes_back(tmp_path: Path, gate: str, image: bool) -> None:
-    adapter = tiny.adapter(BASE, gate=gate, image=image)
+def test_what_is_saved_comes_back(tmp_path: Path, gate: str, image: bool, tune: str) -> None:
+    adapter = tiny.adapter(BASE, gate=gate, image=image, tune=tune)
     path = tmp_path / "new folder" / FILE_NAME
     save_adapter(path, adapter.state_dict(), about(adapter))
     assert os.listdir(path.parent) == [FILE_NAME]
     stored = load_file(path)
-    assert sorted(stored) == ["gate", *(PROJECTION if image else ()), "prompt"]
+    tuning = TUNING if tune == "prompts+bias+scale+norm" else ()
+    assert sorted(stored) == ["gate", *(PROJECTION if image else ()), "prompt", *tuning]
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
     for name in (path, path.parent):  # a file, or its folder
         loaded, facts = load_adapter(name, BASE, FINGERPRINT)
@@ -123,8 +130,8 @@ def test_the_papers_adapter_has_its_number_of_parameters() -> None:
     assert sum(parameter.numel() for parameter in adapter.parameters()) == 1_229_760
     assert adapter_parameters(config, SHAPES["llama-7b"]) == {"prompts": 1_228_800, "gates": 960}
     assert adapter_parameters(dataclasses.replace(config, gate="scalar"), SHAPES["llama-7b"])["gates"] == 30
-    for gate in GATES:
-        small = tiny.adapter(BASE, gate=gate)
+    for gate, tune in itertools.product(GATES, TUNES):
+        small = tiny.adapter(BASE, gate=gate, tune=tune)
         assert sum(adapter_parameters(small.config, BASE).values()) == sum(p.numel() for p in small.parameters())
 
 
@@ -223,15 +230,40 @@ def test_metadata_of_another_form_is_refused(tmp_path: Path, metadata: str) -> N
         (lambda state: state.update(extra=torch.ones(1)), "has a tensor extra that this adapter does not have"),
         (lambda state: state.update(prompt=torch.ones(2, 3, 5)), r"prompt is (2, 3, 5), expected (2, 3, 24)"),
         (lambda state: state.update({"projection.hidden.bias": torch.ones(3)}), "projection.hidden.bias is (3,)"),
+        (lambda state: state.pop("tuning.bias.w2"), "has no tensor tuning.bias.w2"),
+        (lambda state: state.update({"tuning.scale.output": torch.ones(53)}), "has a tensor tuning.scale.output that"),
+        (lambda state: state.update({"tuning.scale.w1": torch.ones(3, 39)}), "w1 is (3, 39), expected (3, 40)"),
     ],
 )
 def test_a_missing_extra_or_misshapen_tensor_is_named(
     tmp_path: Path, change: Callable[[dict], object], reason: str
 ) -> None:
     path = tmp_path / FILE_NAME
-    saved(path)
+    saved(path, tune="prompts+bias+scale+norm")
     rewrite(path, tensors=change)
     assert reason in load_message(path)
+
+
+def test_a_file_from_before_there_was_tuning_has_none(tmp_path: Path) -> None:
+    path = tmp_path / FILE_NAME
+    adapter = saved(path)
+    rewrite(path, metadata=lambda facts: facts["adapter"].pop("tune"))
+    loaded, facts = load_adapter(path, BASE, FINGERPRINT)
+    assert facts == about(adapter)
+    assert loaded.config.tune == "prompts"
+    assert loaded.tuning is None
+
+
+def test_tensors_and_metadata_must_agree_on_the_tuning(tmp_path: Path) -> None:
+    path = tmp_path / FILE_NAME
+    saved(path, tune="prompts+bias+scale+norm")
+    rewrite(path, metadata=lambda facts: facts["adapter"].update(tune="prompts"))
+    assert "has a tensor tuning.bias.w1 that this adapter does not have" in load_message(path)
+    saved(path)
+    rewrite(path, metadata=lambda facts: facts["adapter"].update(tune="prompts+bias+scale+norm"))
+    assert "has no tensor tuning.bias.w1" in load_message(path)
+    rewrite(path, metadata=lambda facts: facts["adapter"].update(tune="everything"))
+    assert "tune must be one of prompts, prompts+bias+scale+norm, got 'everything'" in load_message(path)
 
 
 def test_a_text_adapter_with_a_projection_is_refused(tmp_path: Path) -> None:
@@ -509,7 +541,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path
     return shipped, cache / "adapters"
 
 
-def test_a_name_is_a_path_then_shipped_then_cached(folders: tuple[Path, Path]) -> None:
+def test_a_name_is_shipped_then_cached_then_a_path(folders: tuple[Path, Path]) -> None:
     shipped, cached = folders
     saved(cached / "caption" / FILE_NAME)
     assert find_adapter("caption") == cached / "caption"
@@ -517,7 +549,10 @@ def test_a_name_is_a_path_then_shipped_then_cached(folders: tuple[Path, Path]) -
     assert find_adapter("caption") == shipped / "caption"
     assert load_adapter("caption", BASE, FINGERPRINT)[1].task == "caption"
     saved(Path("caption") / FILE_NAME)
-    assert find_adapter("caption") == Path("caption")
+    assert find_adapter("caption") == shipped / "caption"
+    assert find_adapter("./caption") == Path("caption")
+    saved(Path("mine") / FILE_NAME)
+    assert find_adapter("mine") == Path("mine")
     assert find_adapter(shipped / "caption") == shipped / "caption"
 
 

@@ -7,7 +7,9 @@ import tiny
 import torch
 
 from mmadapter.adapter import select_prompts
-from mmadapter.choices import Scores, log_likelihoods
+from mmadapter.checkpoint import AdapterFile
+from mmadapter.choices import Scores, choice_texts, log_likelihoods
+from mmadapter.config import AdapterConfig
 
 ROWS = [tiny.tokens(1, length, seed=length)[0].tolist() for length in (9, 4, 17, 6)]
 LENGTHS = [(1, 3), (5, 1, 1, 2), (2, 2, 7), (4,)]
@@ -117,3 +119,29 @@ def test_a_question_and_ending_that_just_fit_the_context():
 def test_bad_input(rows, endings, message):
     with pytest.raises(ValueError, match=message):
         log_likelihoods(tiny.llama(), rows, endings)
+
+
+def test_an_adapter_is_asked_in_the_form_it_was_trained_in():
+    """A ScienceQA adapter that was shown the app's form of options would be asked what it never learnt."""
+    config = AdapterConfig(1)
+    asked = [
+        choice_texts(about, " which is larger ?", ["the sun", "the moon"])
+        for about in (
+            None,
+            AdapterFile(config, task="answer", template="question"),
+            AdapterFile(config, task="scienceqa", template="bare", training={"answer_form": "text", "format": "QM-A"}),
+            AdapterFile(config, task="scienceqa", template="bare"),
+        )
+    ]
+    assert asked == [
+        ("Which is larger?\nOptions: (A) the sun (B) the moon:", [" the sun", " the moon"]),
+        ("Question: Which is larger?\nAnswer:", [" the sun", " the moon"]),
+        (
+            "Question: which is larger ?\nOptions: (A) the sun (B) the moon\nAnswer:",
+            [" the sun", " the moon"],
+        ),
+        (
+            "Question: which is larger ?\nContext: N/A\nOptions: (A) the sun (B) the moon\nAnswer:",
+            [" The answer is A.", " The answer is B."],
+        ),
+    ]

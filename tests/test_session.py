@@ -316,6 +316,34 @@ def test_switching_adapters_leaves_the_base_as_it_was(tiny):
     assert torch.equal(session.logits(TOKENS), read)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_switching_to_a_tuned_adapter_and_away_gives_the_base_back(tiny, dtype):
+    """Tuning reaches every layer of the base, and must not be written into it."""
+    session, pictures = tiny.load(dtype=dtype), [tiny.picture(0), None, tiny.picture(1)]
+    base, found = session.logits(TOKENS), {}
+    for name in ("tuned", "sees", "tuned", "reads"):
+        session.adapter(getattr(tiny, name))
+        logits = session.logits(TOKENS, None if name == "reads" else pictures)
+        assert torch.equal(logits, found.setdefault(name, logits))
+    assert min((logits - base).abs().max() for logits in found.values()) > 0.1
+    assert (found["tuned"] - found["sees"]).abs().max() > 0.1
+    for name in ("tuned", None):
+        session.adapter(None if name is None else tiny.tuned)
+        session.strength = 0.0
+        assert torch.equal(session.logits(TOKENS), base)
+    session.strength = 1.0
+    assert torch.equal(session.logits(TOKENS), base)
+
+
+def test_a_tuned_adapter_captions_and_answers(tiny):
+    session, pictures = tiny.load(tiny.tuned), [tiny.picture(number) for number in range(4)]
+    for settings in ({}, {"beams": 3}):
+        captions = session.caption(pictures, batch_size=3, **settings)
+        assert captions == [session.caption(picture, **settings)[0] for picture in pictures]
+        assert captions != tiny.load(tiny.sees).caption(pictures, **settings)
+    assert session.answer(pictures[0], "Why?", ["a red dog", "a man"]).index in (0, 1)
+
+
 def test_an_adapter_that_cannot_be_loaded_leaves_the_one_in_use(tiny, seeing, tmp_path):
     caption = seeing.caption(tiny.picture(0))
     tiny_session.write_adapter(
@@ -330,7 +358,9 @@ def test_an_adapter_that_cannot_be_loaded_leaves_the_one_in_use(tiny, seeing, tm
         assert seeing.caption(tiny.picture(0)) == caption
 
 
-def test_strength_scales_the_adapter(tiny, seeing):
+@pytest.mark.parametrize("name", ["sees", "tuned"])
+def test_strength_scales_the_adapter(tiny, name):
+    seeing = tiny.load(getattr(tiny, name))
     base = tiny.load().logits(TOKENS)
     whole = seeing.logits(TOKENS, [tiny.picture(0)] * 3)
     seeing.strength = 0.0
@@ -414,7 +444,8 @@ def test_the_likeliest_choice_is_taken(tiny, adapter):
     question = "What is it?\nOptions: (A) a dog (B) the response is a man (C) grass (D) END"
     form = TEMPLATES["alpaca" if adapter == "reads" else "plain"]
     tokens = session.tokenizer.encode(form.without_input.format(instruction=question))
-    endings = [session.tokenizer.encode(" " + text, bos=False) for text in choices]
+    end = [session.tokenizer.eos_id] if adapter else []  # an adapter has learnt to stop
+    endings = [session.tokenizer.encode(" " + text, bos=False) + end for text in choices]
     assert len({len(ending) for ending in endings}) > 1
     means = torch.tensor([plain_log_likelihood(session, tokens, ending, image) for ending in endings])
     assert isinstance(choice, Choice)
@@ -442,7 +473,7 @@ def test_an_answer_without_choices_is_one_line_of_text(tiny, seeing):
         ("Why?", "because", "choices must be a list of texts that are not empty, got 'because'"),
         ("Why?", ["because", " "], r"choices must be a list of texts that are not empty, got \['because', ' '\]"),
         ("Why? " * 200, None, r"the text has \d+ tokens and the model's context holds 400, .*; shorten it"),
-        ("Why? ", ["yes", "no " * 200], r"question and choice have \d+ tokens and .* holds 400; shorten them"),
+        ("Why? ", ["yes", "no " * 200], r"question and ending have \d+ tokens and .* holds 400; shorten them"),
     ],
 )
 def test_questions_that_cannot_be_answered(tiny, seeing, question, choices, message):
