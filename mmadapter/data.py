@@ -109,11 +109,13 @@ class RowOrder:
 
     Args:
         lengths: Tokens of each row.
-        pool: Steps that are cut together; 1 leaves every step a plain random draw.
+        pool: Steps that are cut together; 1 leaves every step a plain random draw. Of few rows no more than a quarter
+            are cut together: all of them would be the same steps in every epoch, or steps of copies of one row.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, pool: int = 1) -> None:
-        self.lengths, self.batch_size, self.seed, self.pool = lengths, batch_size, seed, pool
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.pool = max(1, min(pool, len(lengths) // (4 * batch_size)))
         self._epoch, self._order = -1, []
         self._number, self._steps = -1, []
 

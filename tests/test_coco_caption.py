@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import RUN, encoder_spec, write_coco, write_karpathy, write_llama, write_run_file
+from tiny_engine import different
+from tiny_training import (
+    RUN,
+    error_of,
+    given_to_engine,
+    log_of,
+    start,
+    story,
+    text_of,
+    wait_for,
+    write_coco,
+    write_karpathy,
+    write_world,
+)
 
 import mmadapter
 from mmadapter.captions import read_captions
@@ -23,24 +33,18 @@ from mmadapter.checkpoint import read_about
 from mmadapter.config import VisionConfig
 from mmadapter.tokenizer import open_tokenizer
 from mmadapter.vision import load_encoder
-from training import coco_caption
-from training.cider import words
-from training.coco_caption import caption_examples, caption_text, feature_source, main, picture_paths, read_data
-from training.engine import Trainer
+from training.coco_caption import caption_rows, caption_text, main, read_data
 
-ROOT = Path(__file__).resolve().parents[1]
 DATA = os.environ.get("MMADAPTER_DATA")
 WRITERS = {"karpathy": write_karpathy, "coco": write_coco}
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A folder with `llama/`, an encoder, `karpathy/`, `coco/` and a run file `tiny.toml` that uses them."""
-    folder = tmp_path_factory.mktemp("world")
-    write_llama(folder / "llama")
+    """A folder with models, `karpathy/`, `coco/` and a run file `tiny.toml` that uses them."""
+    folder = write_world(tmp_path_factory.mktemp("world"))
     for name, write in WRITERS.items():
         write(folder / name)
-    write_run_file(folder / "tiny.toml", llama=str(folder / "llama"), vision=encoder_spec(folder))
     return folder
 
 
@@ -53,20 +57,6 @@ def command(world: Path, data: Path, out: Path, *more: str) -> list[str]:
     return ["--config", str(world / "tiny.toml"), "--data", str(data), "--out", str(out), *more]
 
 
-def log_of(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def error_of(capsys, argv: list[str]) -> str:
-    """The error of a command that fails: one line, the last, with no traceback."""
-    assert main(argv) == 1
-    shown = capsys.readouterr().err.replace("\r", "\n")
-    *before, last = [line for line in shown.splitlines() if line.strip()]
-    assert last.startswith("error: ")
-    assert not any("error" in line or "Traceback" in line for line in before)
-    return last
-
-
 # ----------------------------------------------------------------------------------------------------------- end to end
 
 
@@ -76,7 +66,10 @@ def test_a_run_trains_an_adapter_that_captions(world, tmp_path, capsys, kind):
     out = tmp_path / "out"
     assert main(command(world, world / kind, out, "--beams", "2")) == 0
     file = out / "adapter.safetensors"
-    assert sorted(path.name for path in out.iterdir()) == ["adapter.safetensors", "checkpoint.pt", "log.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("adapter.safetensors", "best.pt", "checkpoint-000003.pt", "gates.png", "log.jsonl", "loss.png")
+    ]
+    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in ("loss.png", "gates.png"))
     assert f"adapter in {file}" in capsys.readouterr().out
 
     about = read_about(file)
@@ -115,14 +108,15 @@ def test_the_log_begins_with_the_resolved_settings_and_the_data(world, trained):
     expected = {**RUN, "llama": str(world / "llama")}
     assert {key: first["config"][key] for key in expected} == expected
     assert first["config"]["beta2"] == 0.95  # a default that the run file leaves alone
-    assert first["data"] == "dataset_tiny.json"
-    assert len(first["data_hash"]) == 64
+    assert first["data"] == ["dataset_tiny.json"]
+    assert [len(digest) for digest in first["data_hash"]] == [64]
+    assert (first["rows"], first["validation_rows"], first["rows_left_out"]) == (40, 15, 0)
     assert "git_commit" in first
 
 
 def test_the_shipped_weights_are_the_running_mean_with_the_statistics_of_the_plain_training_photos(world, trained):
     state = load_file(trained / "adapter.safetensors")
-    checkpoint = torch.load(trained / "checkpoint.pt", weights_only=True)
+    checkpoint = torch.load(trained / "checkpoint-000003.pt", weights_only=True)
     for name, mean in checkpoint["mean"].items():
         assert torch.equal(state[name], mean)
     assert not torch.equal(state["prompt"], checkpoint["adapter"]["prompt"])
@@ -130,7 +124,8 @@ def test_the_shipped_weights_are_the_running_mean_with_the_statistics_of_the_pla
     about = read_about(trained / "adapter.safetensors")
     folder = world / "karpathy"
     train, _, _ = read_data(folder, 0)
-    features = load_encoder(about.vision).features_of(picture_paths(folder, train)).half().float()
+    paths = [folder / "images" / image.file_name for image in train]
+    features = load_encoder(about.vision).features_of(paths).half().float()
     torch.testing.assert_close(state["projection.feature_mean"], features.mean(0), rtol=1e-4, atol=1e-4)
 
 
@@ -156,64 +151,65 @@ def test_a_finished_run_is_resumed_and_changes_nothing(world, trained, tmp_path)
     assert main(command(world, world / "karpathy", out)) == 0
     before, after = load_file(trained / "adapter.safetensors"), load_file(out / "adapter.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert [line["step"] for line in log_of(out) if line.get("event") == "start"] == [0, 3]
-
-
-def test_self_critical_training_goes_on_from_an_adapter(world, trained, tmp_path):
-    argv = ("--objective", "cider", "--init", str(trained / "adapter.safetensors"), "--samples", "3", "--steps", "2")
-    assert main(command(world, world / "karpathy", tmp_path, *argv)) == 0
-    line = next(line for line in log_of(tmp_path) if "loss" in line)
-    assert line["reward"] >= 0
-    start, end = load_file(trained / "adapter.safetensors"), load_file(tmp_path / "adapter.safetensors")
-    assert not torch.equal(start["prompt"], end["prompt"])
-    assert torch.equal(start["projection.feature_mean"], end["projection.feature_mean"])
-    # It starts where the other ended: its first validation is the other's last.
-    validations = [line["val_loss"] for line in log_of(tmp_path) if "val_loss" in line]
-    assert validations[0] == pytest.approx([line["val_loss"] for line in log_of(trained) if "val_loss" in line][-1])
+    events = [(line["event"], line["step"]) for line in log_of(out) if "event" in line]
+    assert events == [("start", 0), ("resume", 3)]
+    assert story(out) == story(trained)
 
 
 def test_a_run_killed_with_sigkill_ends_bit_identical_to_one_never_killed(world, tmp_path):
     """The real command in a process of its own, killed while it trains, and the same command again."""
-    long = ("--steps", "300", "--save-every", "3", "--eval-every", "90")
-    out = tmp_path / "killed"
-    said = tmp_path / "said"
-    with said.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "training.coco_caption", *command(world, world / "karpathy", out, *long)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            stdout=file,
-            stderr=file,
-        )
-        while not (out / "checkpoint.pt").exists() and process.poll() is None:
-            time.sleep(0.005)
-        process.kill()
-        process.wait()
+    long = ("--steps", "100", "--save-every", "3", "--eval-every", "40")
+    out, said = tmp_path / "killed", tmp_path / "said"
+    process = start(["training.coco_caption", *command(world, world / "karpathy", out, *long)], said)
+    wait_for(process, lambda: list(out.glob("checkpoint-*.pt")))
+    process.kill()
+    process.wait()
     assert process.returncode == -signal.SIGKILL, said.read_text()[-2000:]
     assert not (out / "adapter.safetensors").exists()
-    step = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
-    assert 0 < step < 300
+    step = max(int(path.stem.partition("-")[2]) for path in out.glob("checkpoint-*.pt"))
+    assert 0 < step < 100
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the killed process had
     try:
-        assert main(command(world, world / "karpathy", out, *long)) == 0
-        assert main(command(world, world / "karpathy", tmp_path / "whole", *long)) == 0
+        for folder in (out, tmp_path / "whole"):
+            assert main(command(world, world / "karpathy", folder, *long)) == 0
     finally:
         torch.set_num_threads(threads)
-    assert [line["step"] for line in log_of(out) if line.get("event") == "start"] == [0, step]
+    assert [line["step"] for line in log_of(out) if line.get("event") == "resume"] == [step]
     resumed, whole = (load_file(folder / "adapter.safetensors") for folder in (out, tmp_path / "whole"))
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-    assert not list(out.glob("*.tmp"))
+    assert not different(resumed, whole)
+    assert story(out) == story(tmp_path / "whole")
+    assert [path.name for path in sorted(out.iterdir())] == [
+        path.name for path in sorted((tmp_path / "whole").iterdir())
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
-def test_a_missing_picture_is_named(world, tmp_path, capsys):
+def test_a_missing_picture_is_named_and_may_be_skipped(world, tmp_path, capsys, monkeypatch):
     data = write_karpathy(tmp_path / "data")
     (data / "images" / "4.png").unlink()
-    error = error_of(capsys, command(world, data, tmp_path / "out"))
-    assert f"picture 4.png is neither in {data} nor in a folder in it" in error
+    argv = command(world, data, tmp_path / "out")
+    error = error_of(capsys, main, argv)
+    assert "error: 5 bad rows: dataset_tiny.json, 4.png, caption 1: picture 4.png is neither in " in error
+    assert f"{data} nor in a folder in it" in error
+    given = given_to_engine(monkeypatch, main, [*argv, "--skip-bad-rows"])
+    assert len(given.train_examples) == 35
+    assert not any("4.png" in row.where for row in given.train_examples)
+
+
+def test_an_empty_caption_is_named_and_may_be_skipped(world, tmp_path, capsys, monkeypatch):
+    """It would be learnt as a full stop."""
+    data = write_karpathy(tmp_path / "data")
+    content = json.loads((data / "dataset_tiny.json").read_text())
+    content["images"][2]["sentences"][3]["raw"] = " . "
+    (data / "dataset_tiny.json").write_text(json.dumps(content))
+    argv = command(world, data, tmp_path / "out")
+    error = error_of(capsys, main, argv)
+    assert "error: 1 bad row: dataset_tiny.json, 2.png, caption 4: the caption is empty; mend them" in error
+    assert len(given_to_engine(monkeypatch, main, [*argv, "--skip-bad-rows"]).train_examples) == 39
 
 
 @pytest.mark.parametrize("content", [b"no picture at all", None])
@@ -222,7 +218,7 @@ def test_a_corrupt_picture_is_named(world, tmp_path, capsys, monkeypatch, conten
     data = write_karpathy(tmp_path / "data")
     picture = data / "images" / "4.png"
     picture.write_bytes(content or picture.read_bytes()[:60])
-    error = error_of(capsys, command(world, data, tmp_path / "out"))
+    error = error_of(capsys, main, command(world, data, tmp_path / "out"))
     assert str(picture) in error
     assert not list((tmp_path / "cache").rglob("features-*"))
     assert not (tmp_path / "out").exists()
@@ -246,87 +242,21 @@ def test_a_corrupt_picture_is_named(world, tmp_path, capsys, monkeypatch, conten
 def test_data_that_cannot_be_trained_on_is_an_error(world, tmp_path, capsys, make, message):
     data = tmp_path / "data"
     make(data)
-    error = error_of(capsys, command(world, data, tmp_path / "out"))
+    error = error_of(capsys, main, command(world, data, tmp_path / "out"))
     assert message in error
     assert str(data) in error
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--llama", "absent"], "no LLaMA named 'absent'"),
-        (["--vision", "timm:test_resnet@absent.pt"], "absent.pt not found"),
-        (["--vision", "imaginary"], "unknown image encoder 'imaginary'"),
-        (["--scales", "9"], "got scale '9'"),
-        (["--init", "absent"], "no adapter 'absent'"),
-        (["--layers", "4"], "layers is 4, but"),
-        (["--gate", "sigmoid"], "gate must be one of"),
-        (["--template", "absent"], "no prompt template 'absent'"),
-        (["--lr", "-1"], "lr must not be negative"),
-        (["--objective", "cider", "--samples", "1"], "samples must be at least 2"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused_before_any_feature_is_computed(
-    world, tmp_path, capsys, monkeypatch, flags, message
-):
-    """The features of a large data set take hours; a slip in the run file must not cost them."""
-    monkeypatch.setenv("MMADAPTER_CACHE", str(tmp_path / "cache"))
-    error = error_of(capsys, command(world, world / "karpathy", tmp_path / "out", *flags))
-    assert message in error
-    assert not list(tmp_path.rglob("features-*"))
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_run_folder_of_other_settings_is_refused(world, trained, tmp_path, capsys):
     out = shutil.copytree(trained, tmp_path / "again")
-    error = error_of(capsys, command(world, world / "karpathy", out, "--lr", "0.5"))
+    error = error_of(capsys, main, command(world, world / "karpathy", out, "--lr", "0.5"))
     assert "was made with another lr; choose another --out" in error
 
 
 def test_a_run_folder_of_other_data_is_refused(world, trained, tmp_path, capsys):
     out = shutil.copytree(trained, tmp_path / "again")
-    assert "was made with other data" in error_of(capsys, command(world, world / "coco", out))
-
-
-def test_a_run_that_breaks_says_at_which_step(world, tmp_path, capsys, monkeypatch):
-    likelihood = Trainer._likelihood
-
-    def breaks(self, *arguments):
-        loss, figures = likelihood(self, *arguments)
-        return (loss * math.nan if self.step == 2 else loss), figures
-
-    monkeypatch.setattr(Trainer, "_likelihood", breaks)
-    error = error_of(capsys, command(world, world / "karpathy", tmp_path))
-    assert f"the loss is nan at step 2; the last good checkpoint is in {tmp_path}" in error
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
-    assert not (tmp_path / "adapter.safetensors").exists()
-
-
-def test_a_missing_run_file_is_named(world, tmp_path, capsys):
-    argv = ["--config", str(tmp_path / "absent.toml"), "--data", str(world / "karpathy")]
-    assert f"no run file {tmp_path / 'absent.toml'}" in error_of(capsys, argv)
-
-
-def test_misuse_is_one_line_and_exits_with_2(capsys):
-    with pytest.raises(SystemExit) as exited:
-        main([])
-    assert exited.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert "--config" in error
-    assert error.count("\n") == 1
-
-
-def test_help_opens_with_an_example_whose_run_file_is_there(capsys):
-    with pytest.raises(SystemExit) as exited:
-        main(["--help"])
-    assert exited.value.code == 0
-    heading, example, *_ = capsys.readouterr().out.splitlines()
-    parts = example.split()
-    assert heading == "Example:"
-    assert parts[:3] == ["python", "-m", "training.coco_caption"]
-    assert (ROOT / parts[parts.index("--config") + 1]).is_file()
+    assert "was made with other data" in error_of(capsys, main, command(world, world / "coco", out))
 
 
 # ----------------------------------------------------------------------------------------------------------- the pieces
@@ -349,88 +279,42 @@ def test_a_reference_is_learnt_in_one_spelling(raw, learnt):
     assert caption_text(raw) == learnt
 
 
-def test_each_reference_is_a_row_with_the_prompt_that_the_session_uses(world):
+def test_each_reference_is_a_row_with_the_prompt_that_the_session_uses(world, tmp_path, monkeypatch):
     tokenizer = open_tokenizer(world / "llama")
+    given = given_to_engine(monkeypatch, main, command(world, world / "karpathy", tmp_path))
     images = read_captions(world / "karpathy" / "dataset_tiny.json", "val")
-    rows = caption_examples(images, tokenizer, "plain", first_image=8)
-    assert [row.image for row in rows] == [index for index in (8, 9, 10) for _ in range(5)]
-    for row, raw in zip(rows, [text for image in images for text in image.captions], strict=True):
-        prompt, answer = row.tokens[: row.prompt_tokens], row.tokens[row.prompt_tokens :]
-        assert tokenizer.decode(prompt) == "Generate caption for this image:"
-        assert answer[-1] == tokenizer.eos_id
-        assert tokenizer.decode(answer[:-1]) == f" {caption_text(raw)}"
+    captions = [caption for image in images for caption in image.captions]
+    assert [text_of(row, tokenizer) for row in given.validation_examples] == [
+        ("Generate caption for this image:", f" {caption_text(caption)}") for caption in captions
+    ]
+    assert given.validation_examples[0].where == "dataset_tiny.json, 8.png, caption 1"
 
 
-def test_rows_are_no_longer_than_asked_for(world):
+def test_rows_are_no_longer_than_asked_for(world, tmp_path, monkeypatch):
     """The setting has to reach the rows: max_tokens of a run file was read and not used."""
-    tokenizer = open_tokenizer(world / "llama")
-    images = read_captions(world / "karpathy" / "dataset_tiny.json", "val")
-    assert max(len(row.tokens) for row in caption_examples(images, tokenizer, "plain")) > 12
-    assert max(len(row.tokens) for row in caption_examples(images, tokenizer, "plain", max_tokens=12)) == 12
+    argv = command(world, world / "karpathy", tmp_path)
+    lengths = [
+        max(len(row.tokens) for row in given_to_engine(monkeypatch, main, [*argv, *flags]).train_examples)
+        for flags in ((), ("--max-tokens", "11"))
+    ]
+    assert lengths[0] > lengths[1] == 11
 
 
-@pytest.fixture
-def trainer_of(world, tmp_path, monkeypatch):
-    """What the command would train: the arguments that the engine gets."""
-
-    class Stop(BaseException):
-        pass
-
-    def given(*flags: str, kind: str = "karpathy") -> dict:
-        taken = {}
-
-        def trainer(model, config, folder, **rest) -> None:
-            taken.update(rest, model=model, config=config)
-            raise Stop
-
-        monkeypatch.setattr(coco_caption, "Trainer", trainer)
-        with pytest.raises(Stop):
-            main(command(world, world / kind, tmp_path, *flags))
-        return taken
-
-    return given
-
-
-def test_the_longest_row_is_that_of_the_run_file(trainer_of):
-    assert max(len(row.tokens) for row in trainer_of("--max-tokens", "11")["train"]) == 11
-
-
-def test_every_row_meets_its_own_picture(world, trainer_of):
+def test_every_row_meets_its_own_picture(world, tmp_path, monkeypatch):
     """Validation rows come behind the training rows in one table; one picture off, and the loss only falls slower."""
-    given = trainer_of()
+    given = given_to_engine(monkeypatch, main, command(world, world / "karpathy", tmp_path))
     train, validation, _ = read_data(world / "karpathy", 0)
-    encoder = load_encoder(VisionConfig(given["config"].vision, (), 32))
+    encoder = load_encoder(VisionConfig(given.config.vision, (), 32))
     tokenizer = open_tokenizer(world / "llama")
-    for part, images in (("train", train), ("validation", validation)):
-        features = encoder.features_of(picture_paths(world / "karpathy", images)).half().float()
+    for rows, images in ((given.train_examples, train), (given.validation_examples, validation)):
+        paths = [world / "karpathy" / "images" / image.file_name for image in images]
+        features = encoder.features_of(paths).half().float()
         expected = [(image, row) for image, row in zip(images, features, strict=True) for _ in image.captions]
-        assert len(given[part]) == len(expected)
-        for row, (image, feature) in zip(given[part], expected, strict=True):
-            torch.testing.assert_close(
-                given["features"](torch.tensor([row.image]), None)[0], feature, rtol=2e-3, atol=1e-3
-            )
-            text = tokenizer.decode(row.tokens[row.prompt_tokens : -1])
-            assert text.strip() in [caption_text(caption) for caption in image.captions]
-
-
-def test_a_start_from_an_adapter_keeps_the_statistics_it_was_trained_with(trained, trainer_of):
-    """Other data have other means; the projection was trained on features standardised by the first."""
-    before = load_file(trained / "adapter.safetensors")["projection.feature_mean"]
-    fresh = trainer_of(kind="coco")["model"].adapter.projection.feature_mean
-    resumed = trainer_of("--init", str(trained / "adapter.safetensors"), kind="coco")["model"].adapter.projection
-    assert not torch.allclose(before, fresh, rtol=1e-2)
-    assert torch.equal(resumed.feature_mean, before)
-
-
-def test_the_reward_of_an_image_is_by_its_own_references(world, trainer_of):
-    given = trainer_of("--objective", "cider")
-    assert [row.image for row in given["train"]] == list(range(8)), "one row an image"
-    train, _, _ = read_data(world / "karpathy", 0)
-    reward = given["objective"].reward
-    for row in given["train"]:
-        own = caption_text(train[row.image].captions[0])
-        assert reward.references[row.image] == [words(caption_text(caption)) for caption in train[row.image].captions]
-        assert reward.score(row.image, own) > 0
+        assert len(rows) == len(expected)
+        for row, (image, feature) in zip(rows, expected, strict=True):
+            found = given.features(torch.tensor([row.image]), None)[0]
+            torch.testing.assert_close(found, feature, rtol=2e-3, atol=1e-3)
+            assert text_of(row, tokenizer)[1].strip() in [caption_text(caption) for caption in image.captions]
 
 
 def test_karpathys_splits_are_taken_as_they_are(world):
@@ -450,6 +334,13 @@ def test_of_cocos_images_a_tenth_is_held_out_by_seed(tmp_path):
     assert set(names[0][1]) != set(names[2][1])
 
 
+@pytest.mark.parametrize(("held_out", "images"), [(1, 1), (5, 1), (6, 2), (100, 20)])
+def test_as_many_captions_of_coco_are_held_out_as_the_run_file_asks_for(tmp_path, held_out, images):
+    """The setting was read and not used."""
+    train, validation, _ = read_data(write_coco(tmp_path / "data", 40), 0, held_out)
+    assert (len(train), len(validation)) == (40 - images, images)
+
+
 def test_of_cocos_files_the_training_set_is_taken(tmp_path):
     folder = write_coco(tmp_path / "data")
     source = folder / "annotations" / "captions_val2017.json"
@@ -457,28 +348,26 @@ def test_of_cocos_files_the_training_set_is_taken(tmp_path):
     assert read_data(folder, 0)[2].name == "captions_train2017.json"
 
 
-def test_pictures_are_found_beside_the_annotations_and_one_folder_down(tmp_path, world):
+@pytest.mark.parametrize("place", ["", "images", "photos"])
+def test_pictures_are_found_beside_the_annotations_and_one_folder_down(tmp_path, world, place):
     images = read_captions(world / "karpathy" / "dataset_tiny.json", "val")
-    for place in ("", "images", "photos"):
-        folder = tmp_path / f"data-{place}"
-        (folder / place).mkdir(parents=True)
-        for image in images:
-            (folder / place / image.file_name).touch()
-        assert picture_paths(folder, images) == [folder / place / image.file_name for image in images]
+    (tmp_path / place).mkdir(exist_ok=True)
+    for image in images:
+        (tmp_path / place / image.file_name).touch()
+    rows, bad = caption_rows(tmp_path, images, "plain", "file.json")
+    assert [row.image for row in rows] == [tmp_path / place / image.file_name for image in images for _ in range(5)]
+    assert bad == []
 
 
-def test_training_sees_random_views_and_validation_the_photo_itself():
-    views, images = 3, 4
-    table = torch.arange(views * images, dtype=torch.float16).view(views, images, 1)
-    lookup = feature_source(table)
-    rows = torch.tensor([2, 0, 3, 3])
-    assert lookup(rows, None).flatten().tolist() == [2, 0, 3, 3]
-    drawn = [lookup(rows, torch.Generator().manual_seed(seed)).flatten() for seed in range(200)]
-    for column, row in enumerate(rows.tolist()):
-        assert {int(draw[column]) for draw in drawn} == {view * images + row for view in range(views)}
-    assert any(draw[2] != draw[3] for draw in drawn), "two captions of one photo may get different views of it"
-    assert torch.equal(drawn[5], lookup(rows, torch.Generator().manual_seed(5)).flatten())
-    assert drawn[0].dtype == torch.float32
+def test_pictures_of_karpathys_coco_file_are_found_below_its_filepath(tmp_path, world):
+    """His file for COCO names train2014 and val2014 beside each file name."""
+    images = read_captions(world / "karpathy" / "dataset_tiny.json", "val")[:1]
+    (tmp_path / "val2014").mkdir()
+    (tmp_path / "val2014" / images[0].file_name).touch()
+    named = [dataclasses.replace(images[0], file_name=f"val2014/{images[0].file_name}")]
+    rows, bad = caption_rows(tmp_path, named, "plain", "file.json")
+    assert {row.image for row in rows} == {tmp_path / "val2014" / images[0].file_name}
+    assert bad == []
 
 
 # ----------------------------------------------------------------------------------------------------------- real data
@@ -491,9 +380,9 @@ def test_flickr8k_is_read_whole():
     train, validation, _ = read_data(folder, 0)
     assert (len(train), len(validation)) == (6000, 1000)
     assert {len(image.captions) for image in train + validation} == {5}
-    paths = picture_paths(folder, train + validation)
-    assert len(set(paths)) == 7000
-    assert all(path.parent.name == "images" for path in paths)
+    rows, bad = caption_rows(folder, train + validation, "plain", "dataset_flickr8k.json")
+    assert (len(rows), len({row.image for row in rows}), bad) == (35_000, 7000, [])
+    assert {row.image.parent.name for row in rows} == {"images"}
 
 
 @pytest.mark.data
@@ -502,7 +391,9 @@ def test_the_coco_sample_is_read_and_a_few_of_its_photos_are_trained_on(world, t
     source = Path(DATA) / "coco"
     train, validation, _ = read_data(source, 0)
     assert (len(train), len(validation)) == (268, 29)
-    assert all(path.parent.name == "val2017" for path in picture_paths(source, train + validation))
+    rows, bad = caption_rows(source, train + validation, "plain", "captions_sample.json")
+    assert {row.image.parent.name for row in rows} == {"val2017"}
+    assert bad == []
 
     content = json.loads((source / "annotations" / "captions_sample.json").read_text())
     images = content["images"][:12]

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from training import launch
 from training.config import RunConfig, add_overrides, descriptions, overrides_of, read_config
 
-CONFIGS = sorted((Path(__file__).resolve().parents[1] / "training" / "configs").rglob("*.toml"))
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "training" / "configs").rglob("*.toml"))
 FIELDS = {field.name: field.default for field in dataclasses.fields(RunConfig)}
 
 
@@ -40,6 +45,27 @@ def test_a_shipped_run_file_parses_and_names_the_licence_of_its_data(path):
     assert config.licence
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_shipped_run_file_begins_with_the_command_that_runs_it(path, monkeypatch):
+    """The command is parsed by the script that it names, and the settings it gives are those of this file."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    command = re.fullmatch(r"# (?:python|torchrun .*?) -m training\.(\w+) (.+)", first)
+    assert command, f"{path.name} begins with {first!r}, not with # python -m training.X --config {path.name} --data Y"
+    name, argv = command[1], shlex.split(command[2])
+    assert (ROOT / "training" / f"{name}.py").is_file()
+    if name == "ablations":  # it has a run file of its own, and a test of its own
+        assert path.name == "ablation.toml"
+        return
+    parsed = []
+    monkeypatch.setattr(launch, "_run", lambda arguments, read: parsed.append(arguments) or 0)
+    monkeypatch.chdir(ROOT)
+    assert importlib.import_module(f"training.{name}").main(argv) == 0
+    (arguments,) = parsed
+    assert (ROOT / arguments.config).resolve() == path
+    assert arguments.data
+    read_config(arguments.config, overrides_of(arguments))
+
+
 def test_a_file_changes_only_what_it_names(run_file):
     config = read_config(run_file('lr = 1e-4\nscales = ["4", "final"]\nclip = 1\n'), {})
     assert config == RunConfig(lr=1e-4, scales=("4", "final"), clip=1)
@@ -58,6 +84,31 @@ def test_flags_that_are_not_given_change_nothing(run_file):
 def test_a_flag_may_empty_a_list(run_file):
     """An empty list is a value; only None means that the flag was not given."""
     assert read_config(run_file('scales = ["final"]'), flags("--scales")).scales == ()
+
+
+@pytest.mark.parametrize("name", [name for name, default in FIELDS.items() if isinstance(default, bool)])
+def test_a_switch_may_be_turned_on_and_off(run_file, name):
+    flag = name.replace("_", "-")
+    assert getattr(read_config(run_file(f"{name} = true"), flags()), name)
+    assert not getattr(read_config(run_file(f"{name} = true"), flags(f"--no-{flag}")), name)
+    assert getattr(read_config(run_file(""), flags(f"--{flag}")), name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "schedule"),
+    [
+        ({"steps": 7, "warmup": 3}, 1000, (7, 3)),
+        ({"steps": 7, "epochs": 50.0, "warmup": 3}, 1000, (7, 3)),  # steps go first
+        ({"epochs": 2.0, "batch_size": 10, "warmup": 3}, 100, (20, 3)),
+        ({"epochs": 2.0, "batch_size": 10, "warmup": 3}, 101, (21, 3)),  # no row is left out
+        ({"epochs": 0.5, "batch_size": 10, "warmup": 3}, 100, (5, 3)),
+        ({"epochs": 0.001, "batch_size": 10, "warmup": 3}, 100, (1, 3)),
+        ({"epochs": 5.0, "batch_size": 64, "warmup": 0, "warmup_epochs": 2.0}, 52_002, (4063, 1625)),  # the paper's
+        ({"steps": 7, "warmup": 0}, 1000, (7, 0)),
+    ],
+)
+def test_steps_and_warm_up_come_from_epochs_where_they_are_not_given(settings, rows, schedule):
+    assert RunConfig(**settings).schedule(rows) == schedule
 
 
 def test_every_field_is_documented_and_has_a_flag_that_says_so():
@@ -87,7 +138,9 @@ def test_every_field_is_documented_and_has_a_flag_that_says_so():
         ("[llama]\nname = 'x'", "llama must be text"),
         ('scales = "final"', "scales must be a list of texts, got 'final'"),
         ("scales = [1, 2]", "scales must be a list of texts, got (1, 2)"),
-        ("steps = 0", "steps must be at least 1, got 0"),
+        ("steps = -1", "steps must not be negative, got -1"),
+        ("epochs = -0.5", "epochs must not be negative"),
+        ("epochs = 0", "steps and epochs are both 0; set one of them"),
         ("layers = 0", "layers must be at least 1"),
         ("prompt_length = 0", "prompt_length must be at least 1"),
         ("batch_size = -1", "batch_size must be at least 1"),
@@ -95,7 +148,9 @@ def test_every_field_is_documented_and_has_a_flag_that_says_so():
         ("eval_every = 0", "eval_every must be at least 1"),
         ("save_every = 0", "save_every must be at least 1"),
         ("projection_width = 0", "projection_width must be at least 1"),
-        ("max_tokens = 0", "max_tokens must be at least 1"),
+        ("max_tokens = 1", "max_tokens must be at least 2"),
+        ("keep = 0", "keep must be at least 1"),
+        ("pool = 0", "pool must be at least 1"),
         ("validation_rows = 0", "validation_rows must be at least 1"),
         ("beams = 0", "beams must be at least 1"),
         ("dropout = 1", "dropout must be in [0, 1)"),
@@ -109,6 +164,12 @@ def test_every_field_is_documented_and_has_a_flag_that_says_so():
         ("gate_lr = -1", "gate_lr must not be negative"),
         ("weight_decay = -1", "weight_decay must not be negative"),
         ("warmup = -1", "warmup must not be negative"),
+        ("warmup_epochs = -1", "warmup_epochs must not be negative"),
+        ("batch_tokens = -1", "batch_tokens must not be negative"),
+        ("held_out = -1", "held_out must not be negative"),
+        ("length_penalty = 'long'", "length_penalty must be a number"),
+        ("scale_lr = 1", "scale_lr must be true or false, got 1"),
+        ('shard = "no"', "shard must be true or false, got 'no'"),
         ("clip = -1", "clip must not be negative"),
         ("prompt_std = -1", "prompt_std must not be negative"),
         ("image_size = -1", "image_size must not be negative"),
@@ -116,8 +177,10 @@ def test_every_field_is_documented_and_has_a_flag_that_says_so():
         ('resize = "pad"', "resize must be"),
         ('template = "mine"', "no prompt template 'mine'"),
         ('dtype = "float16"', "dtype must be float32 or bfloat16, got 'float16'"),
-        ('objective = "bleu"', "objective must be likelihood or cider, got 'bleu'"),
-        ('objective = "cider"\nsamples = 1', "samples must be at least 2"),
+        ('decay = "none"', "decay must be projection or all, got 'none'"),
+        ('ship = "first"', "ship must be last or best, got 'first'"),
+        ('answer_form = "index"', "answer_form must be letter or text, got 'index'"),
+        ('tune = "bias"', "tune must be"),
         ("lr == 3", "line 1"),
         ("lr = 1\nlr = 2", "Cannot overwrite a value"),
     ],

@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from mmadapter.rows import read_rows
+from mmadapter.rows import held_aside, read_rows
 from training.config import RunConfig
-from training.launch import Data, held_aside
+from training.launch import Data
 from training.launch import main as launch
 
 EXAMPLE = """\
@@ -30,8 +31,9 @@ def read(arguments: argparse.Namespace, config: RunConfig) -> Data:
     good, bad = [], []
     for path in arguments.data:
         rows, left = read_rows(path, arguments.images, config.template, split="train")
-        good += rows
-        bad += left
+        # Files in different folders may have one name.
+        good += [replace(row, where=str(path.parent / row.where)) for row in rows]
+        bad += [replace(row, where=str(path.parent / row.where)) for row in left]
     train, validation = held_aside(good, config.held_out, config.seed)
     task = "answer" if config.vision else "instruct"
     generation = {"max_new_tokens": 30, "stop": ["\n"]} if config.vision else {}

@@ -7,6 +7,7 @@ The data folder holds the annotation file and the pictures: `dataset_*.json` (Ka
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import sys
 from collections.abc import Sequence
@@ -29,11 +30,14 @@ def caption_text(raw: str) -> str:
     return " ".join(raw.lower().split()).rstrip(" .") + "."
 
 
-def read_data(folder: Path, seed: int) -> tuple[list[CaptionedImage], list[CaptionedImage], Path]:
+def read_data(folder: Path, seed: int, held_out: int = 0) -> tuple[list[CaptionedImage], list[CaptionedImage], Path]:
     """Training and validation images of a data folder, and the annotation file they come from.
 
-    Karpathy's file says its splits; of COCO's files the one of the training set is taken, and one image in ten (at most
-    1,000) is held out of it by `seed`.
+    Karpathy's file says its splits; of COCO's files the one of the training set is taken, and some images are held out
+    of it by `seed`.
+
+    Args:
+        held_out: Captions that the images held out have at least; 0 is one image in ten, at most 1,000.
 
     Raises:
         FileNotFoundError: The folder or its annotations are not there.
@@ -56,8 +60,9 @@ def read_data(folder: Path, seed: int) -> tuple[list[CaptionedImage], list[Capti
         path = coco[0]
         images = read_captions(path)
         random.Random(seed).shuffle(images)
-        held_out = max(1, min(1000, len(images) // 10))
-        train, validation = images[held_out:], images[:held_out]
+        totals = itertools.accumulate(len(image.captions) for image in images)
+        count = sum(total < held_out for total in totals) + 1 if held_out else max(1, min(1000, len(images) // 10))
+        train, validation = images[count:], images[:count]
     if len(train) < 2 or not validation:
         raise ValueError(f"{path} has {len(train)} training and {len(validation)} validation images; it takes 2 and 1")
     return train, validation, path
@@ -91,9 +96,11 @@ def read(arguments: argparse.Namespace, config: RunConfig) -> Data:
     """The captions of `--data` as rows.
 
     Raises:
-        FileNotFoundError, ValueError: See `read_data`.
+        FileNotFoundError, ValueError: See `read_data`; or the run file names no image encoder.
     """
-    train, validation, annotations = read_data(arguments.data, config.seed)
+    if not config.vision:
+        raise ValueError("captions need an image encoder; give one with --vision, such as efficientnet-lite2")
+    train, validation, annotations = read_data(arguments.data, config.seed, config.held_out)
     sides = [caption_rows(arguments.data, side, config.template, annotations.name) for side in (train, validation)]
     return Data(
         train=sides[0][0],

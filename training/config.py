@@ -18,7 +18,7 @@ KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 
 
 AT_LEAST_ONE = (
-    *("layers", "prompt_length", "batch_size", "views", "eval_every", "save_every", "projection_width", "max_tokens"),
+    *("layers", "prompt_length", "batch_size", "views", "eval_every", "save_every", "projection_width"),
     *("validation_rows", "beams", "keep", "pool"),
 )
 BELOW_ONE = ("dropout", "feature_dropout", "label_smoothing", "ema", "beta1", "beta2")
@@ -154,6 +154,8 @@ class RunConfig:
         for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_tokens < 2:
+            raise ValueError(f"max_tokens must be at least 2, one to read and one to learn, got {self.max_tokens}")
         for name in BELOW_ONE:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import sys
 import time
@@ -42,7 +43,8 @@ def describe(trainer: Trainer) -> str:
 
 def _trial(trainer: Trainer) -> float:
     """Seconds of one typical step, after one of the longest rows, which needs the most memory."""
-    longest = sorted(trainer.train_examples, key=lambda row: -len(row.tokens))[: trainer.config.batch_size]
+    by_length = sorted(trainer.train_examples, key=lambda row: -len(row.tokens))
+    longest = list(itertools.islice(itertools.cycle(by_length), trainer.config.batch_size))  # as of few rows in a step
     typical = [trainer.train_examples[row] for row in trainer.order.step(0)]
     for rows in (longest, typical):
         started = time.perf_counter()

@@ -13,12 +13,10 @@ import math
 import pickle
 import platform
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import FrameType
 
 import torch
 from torch import Tensor
@@ -30,7 +28,7 @@ from mmadapter.data import Example, RowOrder, collate, passes, seed_of
 from mmadapter.model import AdaptedLlama, target_count
 from mmadapter.record import replacing
 from training.config import RunConfig
-from training.processes import Processes
+from training.processes import Processes, noted_signals
 
 Features = Callable[[Tensor, torch.Generator | None], Tensor]  # rows [B] (and a generator in training) -> [B, F]
 
@@ -76,7 +74,8 @@ class Trainer:
         processes: Those that train together.
 
     Raises:
-        ValueError: There is no row to train on, or none to validate on, or the processes do not divide the batch.
+        ValueError: There is no row to train on, or none to validate on, or the processes do not divide the batch or
+            have other rows or settings than each other.
     """
 
     def __init__(
@@ -111,6 +110,9 @@ class Trainer:
         self.best: dict[str, float] | None = None  # step and validation loss
         self.stopped: signal.Signals | None = None  # the signal that ended `train` early
         if self.processes.count > 1:
+            settings = dataclasses.asdict(config) | {"device": ""}  # the one setting that machines may differ in
+            self.processes.require_same("settings", settings)
+            self.processes.require_same("rows", _digest([*train, *self.validation_examples]))
             # Only the adapter's gradients are exchanged: the frozen base is the same everywhere, or sharded.
             model.adapter = DistributedDataParallel(self.adapter, broadcast_buffers=False)
 
@@ -123,9 +125,8 @@ class Trainer:
             FloatingPointError: Loss or gradient is not finite; the last good checkpoint stays.
             ValueError: The folder's checkpoint is of another run or damaged.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._resume()
-        with self._stopping() as asked:
+        with noted_signals() as asked:
             return self._train(asked)
 
     def _train(self, asked: dict[str, signal.Signals]) -> float | None:
@@ -274,7 +275,7 @@ class Trainer:
         adapter.load_state_dict(self.kept_state())
         rows = self.validation_examples
         room = self.config.batch_tokens or 64 * max(len(row.tokens) for row in rows)
-        total, targets = torch.zeros((), dtype=torch.float64), 0
+        total, targets, bad = torch.zeros((), dtype=torch.float64), 0, []
         parts = passes([len(row.tokens) for row in rows], room, processes.rank, processes.count)
         for part in tqdm(parts, desc="validation", unit="batch", leave=False, disable=not processes.is_first):
             # A process without a row of its own goes along with one that does not count: the others wait for it.
@@ -283,10 +284,13 @@ class Trainer:
             if part:
                 total += loss.double().cpu()
                 targets += target_count(collate(batch).labels)
+                bad += [] if loss.isfinite() else batch
+        gates = adapter.gate_values().detach().clone()
         adapter.load_state_dict(adapter.state_dict() | trained)
         total, targets = processes.sum(torch.stack([total, torch.tensor(targets, dtype=torch.float64)]))
         loss = total / targets
-        gates = adapter.gate_values().detach()
+        if not math.isfinite(loss):
+            self._refuse("validation loss", loss, bad)
         if not log:
             return loss
         shown = [[round(value, 4) for value in layer] for layer in gates.tolist()]
@@ -325,15 +329,27 @@ class Trainer:
                 old.unlink()
 
     def _resume(self) -> None:
-        """Goes back to the folder's latest checkpoint, and the log with it."""
-        for left in self.folder.glob("*.tmp") if self.processes.is_first else ():
+        """Goes back to the folder's latest checkpoint, and the log with it.
+
+        The first process reads it for all of them: other machines need not see its disk.
+        """
+        state = self.processes.of_first(self._latest() if self.processes.is_first else None)
+        if state is None:
+            return
+        self.adapter.load_state_dict(state["adapter"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.mean = {name: tensor.to(self.model.llama.device) for name, tensor in state["mean"].items()}
+        self.step, self.best = state["step"], state["best"]
+
+    def _latest(self) -> dict | None:
+        """The latest checkpoint of the folder, which is made ready to go on from there; None if there is none."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob("*.tmp"):
             left.unlink()  # of a process that was killed while it wrote
         found = checkpoints(self.folder)
         if not found:
-            if self.processes.is_first:
-                (self.folder / "log.jsonl").unlink(missing_ok=True)  # of a run that was killed before its first one
-            self.processes.wait()
-            return
+            (self.folder / "log.jsonl").unlink(missing_ok=True)  # of a run that was killed before its first one
+            return None
         path = found[-1]
         state = _load(path)
         settings = dataclasses.asdict(self.config)
@@ -344,41 +360,20 @@ class Trainer:
             )
         if state["data_hash"] != self.record.get("data_hash") or state["steps"] != self.steps:
             raise ValueError(f"{path} was made with other data; choose another --out, or the data it has")
-        self.adapter.load_state_dict(state["adapter"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.mean = {name: tensor.to(self.model.llama.device) for name, tensor in state["mean"].items()}
-        self.step, self.best = state["step"], state["best"]
-        if self.processes.is_first:
-            _cut_log(self.folder / "log.jsonl", self.step)
-        self.processes.wait()
-
-    @contextmanager
-    def _stopping(self) -> Iterator[dict[str, signal.Signals]]:
-        """While it lasts, the first SIGTERM or Ctrl-C is noted in what it gives; a second one acts as ever."""
-        asked: dict[str, signal.Signals] = {}
-        if threading.current_thread() is not threading.main_thread():
-            yield asked  # only the main thread may have handlers
-            return
-        kinds = (signal.SIGTERM, signal.SIGINT)
-        before = {kind: signal.getsignal(kind) for kind in kinds}
-
-        def note(number: int, frame: FrameType | None) -> None:
-            asked["signal"] = signal.Signals(number)
-            for kind in kinds:
-                signal.signal(kind, before[kind])
-
-        for kind in kinds:
-            signal.signal(kind, note)
-        try:
-            yield asked
-        finally:
-            for kind in kinds:
-                signal.signal(kind, before[kind])
+        _cut_log(self.folder / "log.jsonl", state["step"])
+        for old in found[: -self.config.keep]:
+            old.unlink()  # left by a process that was killed before it could
+        return state
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run folder, oldest first."""
-    return sorted(folder.glob("checkpoint-*.pt"))
+    return sorted(folder.glob("checkpoint-*.pt"), key=lambda path: (len(path.name), path.name))
+
+
+def _digest(rows: Sequence[Example]) -> int:
+    """A number that tells rows apart, the same in every process: Python hashes numbers alike everywhere."""
+    return hash(tuple((row.tokens, row.prompt_tokens, row.image is not None) for row in rows))
 
 
 def _load(path: Path) -> dict:

@@ -30,7 +30,7 @@ from mmadapter.weights.store import cache_folder
 from training.config import RunConfig, add_overrides, overrides_of, read_config
 from training.dry_run import describe
 from training.engine import Features, Trainer
-from training.processes import Processes, join, leave
+from training.processes import Processes, ended, joined, naming_errors
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Data:
         files: What they were read from; the run is known by their content.
         task: Of the adapter: "instruct", "answer", "scienceqa" or "caption".
         bad: Rows that cannot be learnt.
-        generation: Default decoding settings of the adapter (fields of `generate.Sampling`).
+        generation: Default decoding settings of the adapter (fields of `sampling.Sampling`).
         settings: What else the adapter file should say of how it is to be asked.
     """
 
@@ -89,7 +89,7 @@ def main(
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_overrides(parser)
     arguments = parser.parse_args(argv)
-    return main_with_errors(lambda: _run(arguments, read), arguments.debug)
+    return ended(lambda: main_with_errors(lambda: _run(arguments, read), arguments.debug))
 
 
 @dataclass(frozen=True)
@@ -136,61 +136,54 @@ def open_base(run: RunConfig) -> Base:
 def shard(llama: Llama, device: torch.device, processes: Processes) -> None:
     """Spreads the blocks' weights over the processes (FSDP2); each block is gathered for as long as it computes.
 
-    W_k and W_v stay whole everywhere, a tenth of a block: the prompts' keys and values are made of them outside the
-    block (`Adapter.prompts`), once for all of a pass.
+    W_k and W_v stay whole everywhere: the prompts' keys and values are made of them outside the block
+    (`Adapter.prompts`), once for all of a pass. They are a sixth of a block of LLaMA-7B, and a fiftieth where 64 heads
+    share 8 keys. Embeddings, output projection and norms outside the blocks stay whole, too.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (processes.count,))
     for block in llama.layers:
         whole = {block.attention.wk.weight, block.attention.wv.weight}
-        fully_shard(block, mesh=mesh, ignored_params=whole)
-
-
-def held_aside(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Training rows, and at least `count` rows for validation; rows of one picture stay on one side.
-
-    Args:
-        count: 0 is one row in twenty, at most 500.
-    """
-    groups: dict[object, list[Row]] = {}
-    for index, row in enumerate(rows):
-        groups.setdefault(index if row.image is None else row.image, []).append(row)
-    order = list(groups.values())
-    shuffled = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed_of(seed, 0))).tolist()
-    wanted = count or max(1, min(500, len(rows) // 20))
-    train, validation = [], []
-    for index in shuffled:
-        (validation if len(validation) < wanted else train).extend(order[index])
-    return train, validation
+        # Said outright: what computes first is left gathered by default, which among separate blocks would be all.
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    # One root, with nothing of its own, so that the blocks share their streams and each is fetched ahead of its turn.
+    outside = {parameter for name, parameter in llama.named_parameters() if not name.startswith("layers.")}
+    fully_shard(llama, mesh=mesh, ignored_params=outside)
+    register_fsdp_forward_method(llama, "hidden")
 
 
 def _run(arguments: argparse.Namespace, read: Read) -> int:
-    config = read_config(arguments.config, overrides_of(arguments))
-    out = arguments.out or Path("runs") / arguments.config.stem
-    processes, device = join(config.device)
-    try:
-        return _train(arguments, read(arguments, config), config, out, processes, device)
-    finally:
-        leave()
+    with naming_errors():
+        config = read_config(arguments.config, overrides_of(arguments))
+        out = arguments.out or Path("runs") / arguments.config.stem
+        with joined(config.device) as (processes, device):
+            return _train(arguments, read(arguments, config), config, out, processes, device)
 
 
 def _train(
     arguments: argparse.Namespace, data: Data, config: RunConfig, out: Path, processes: Processes, device: torch.device
 ) -> int:
+    if config.shard and processes.count == 1:
+        raise ValueError("shard spreads the base over several processes; start them with torchrun")
     bad = data.bad
     # Everything that may be refused comes before the image features, which may take hours.
     if config.vision:
-        bad = bad + check_images([*data.train, *data.validation])
+        known = {row.where for row in bad}
+        unchecked = [row for row in (*data.train, *data.validation) if row.where not in known]
+        bad = bad + processes.once_a_machine(lambda: check_images(unchecked))
     unusable = {row.where for row in bad}
     if processes.is_first or not config.skip_bad_rows:
         require_good(bad, config.skip_bad_rows)
-    base = open_base(config)
     encoder = projection = None
-    if config.vision:
-        vision = VisionConfig(config.vision, config.scales, config.image_size, config.resize)
-        encoder = load_encoder(vision, dtype=getattr(torch, config.dtype), device=device)
+    with processes.in_turn():  # the first one fetches what is not on this machine yet
+        base = open_base(config)
+        if config.vision:
+            vision = VisionConfig(config.vision, config.scales, config.image_size, config.resize)
+            encoder = load_encoder(vision, dtype=getattr(torch, config.dtype), device=device)
+    if encoder is not None:
+        torch.manual_seed(seed_of(config.seed, 1))  # not the seed itself: `with_adapter` draws the prompts from that
         projection = ImageProjection(
             sum(encoder.widths),
             base.config.width,
@@ -201,8 +194,6 @@ def _train(
         )
     model = base.with_adapter(config, projection)
     if config.shard:
-        if processes.count == 1:
-            raise ValueError("shard spreads the base over several processes; start them with torchrun")
         shard(model.llama, device, processes)
     model.to(device)
     if config.compile:
@@ -212,12 +203,6 @@ def _train(
     sides = [[row for row in side if row.where not in unusable] for side in (data.train, data.validation)]
     pictures = _pictures([row for side in sides for row in side]) if encoder is not None else {}
     train, validation = (_examples(side, base.tokenizer, config, pictures) for side in sides)
-    features = None
-    if encoder is not None and arguments.dry_run:
-        blank = torch.zeros(1, sum(encoder.widths))
-        features = lambda rows, generator: blank.expand(len(rows), -1)  # noqa: E731 - nothing is learnt from it
-    elif encoder is not None:
-        features = _features(encoder, pictures, sides, config, processes, projection)
     facts = {
         "data": [file.name for file in data.files],
         "data_hash": [file_sha256(file) for file in data.files],
@@ -232,19 +217,25 @@ def _train(
         out,
         train=train,
         validation=validation,
-        features=features,
         record=facts,
         processes=processes,
     )
+    if encoder is not None and arguments.dry_run:
+        blank = torch.zeros(1, sum(encoder.widths))
+        trainer.features = lambda rows, generator: blank.expand(len(rows), -1)  # nothing is learnt from it
+    elif encoder is not None:
+        trainer.features = _features(encoder, pictures, sides, config, processes, projection)
     if arguments.dry_run:
+        found = describe(trainer)  # by all: the steps that it tries are taken together
         if processes.is_first:
-            print(describe(trainer))
+            print(found)
         return 0
     started = time.perf_counter()
     loss = trainer.train()
     if loss is None:
         if processes.is_first:
             print(f"stopped at step {trainer.step} of {trainer.steps}; the same command goes on from there")
+        processes.wait()  # torchrun ends the others as soon as one has ended
         return 128 + trainer.stopped
     if processes.is_first:
         _finish(trainer, data, base, encoder, facts, loss, time.perf_counter() - started)
@@ -280,11 +271,19 @@ def _features(
     processes: Processes,
     projection: ImageProjection,
 ) -> Features:
-    """Cached features of every picture; the projection standardises by those of the training pictures."""
+    """Cached features of every picture; the projection standardises by those of the training pictures.
+
+    Raises:
+        ValueError: There are fewer than two training pictures.
+    """
     cache, paths = cache_folder() / "features", list(pictures)
     trained = {row.image for row in sides[0]}
     learnt = [path for path in paths if path in trained]
     other = [path for path in paths if path not in trained]
+    if len(learnt) < 2:
+        raise ValueError(
+            f"an image encoder takes two or more pictures to train on, got {len(learnt)}; give more, or no --vision"
+        )
 
     def table() -> Tensor:
         views = cached_features(encoder, learnt, cache, views=config.views, seed=config.seed)
@@ -294,10 +293,7 @@ def _features(
         whole[:, [pictures[path] for path in other]] = rest
         return whole
 
-    if processes.local_rank == 0:  # once on each machine; the others then find the files
-        found = table()
-    processes.wait()
-    if processes.local_rank != 0:
+    with processes.in_turn():
         found = table()
     projection.set_statistics(found[0, [pictures[path] for path in learnt]].float().to(projection.feature_mean.device))
     return feature_source(found)

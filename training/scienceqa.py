@@ -52,7 +52,7 @@ def read(arguments: argparse.Namespace, config: RunConfig) -> Data:
         files=[arguments.data / "problems.json", arguments.data / "pid_splits.json"],
         task="scienceqa",
         bad=bad,
-        generation={"max_new_tokens": 40, "stop": ["\n"]},
+        generation={"max_new_tokens": 64 if form.writes == "A" else 512, "stop": ["\n"]},
         settings={
             "format": config.format,
             "answer_form": config.answer_form,
