@@ -136,7 +136,7 @@ def test_the_gradient_is_that_of_the_mean_loss_of_all_target_tokens(tmp_path):
     wanted = torch.autograd.grad(expected, list(run.adapter.parameters()))
     for gradient, name in zip(wanted, found, strict=True):
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
-    assert run._step(examples, False)["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert run._step(examples, {})["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("tune", ["prompts", V2])
@@ -155,7 +155,7 @@ def test_checkpointing_computes_again_and_changes_no_gradient(tmp_path, tune):
 
 def test_the_gradient_is_clipped_to_the_norm_and_logged_as_it_was(tmp_path):
     run = trainer(tmp_path, clip=1e-3)
-    norm = run._step(rows(6), False)["grad_norm"]
+    norm = run._step(rows(6), {})["grad_norm"]
     clipped = torch.stack([parameter.grad.norm() for parameter in run.adapter.parameters()]).norm()
     assert norm > 2e-3
     assert clipped.item() == pytest.approx(1e-3, rel=1e-3)
@@ -163,7 +163,7 @@ def test_the_gradient_is_clipped_to_the_norm_and_logged_as_it_was(tmp_path):
 
 def test_a_clip_of_zero_is_no_clipping(tmp_path):
     run = trainer(tmp_path, clip=0.0)
-    norm = run._step(rows(6), False)["grad_norm"]
+    norm = run._step(rows(6), {})["grad_norm"]
     kept = torch.stack([parameter.grad.norm() for parameter in run.adapter.parameters()]).norm()
     assert norm > 0
     assert kept.item() == pytest.approx(norm)
@@ -249,7 +249,7 @@ def test_every_parameter_still_trains_after_a_validation(tmp_path, tune):
     run = trainer(tmp_path, tune=tune)
     run._validate()
     before = {name: p.detach().clone() for name, p in run.adapter.named_parameters()}
-    run._step(rows(6), False)
+    run._step(rows(6), {})
     assert run.model.training
     assert different(before, dict(run.adapter.named_parameters())) == list(before)
     assert all(parameter.grad.abs().sum() > 0 for parameter in run.adapter.parameters())
@@ -260,7 +260,7 @@ def test_the_running_mean_is_warmed_up_then_decays(tmp_path):
     run = trainer(tmp_path, steps=20, ema=0.5, eval_every=100, save_every=100)
     expected = {name: p.detach().clone() for name, p in run.adapter.named_parameters()}
     for step in range(1, 16):
-        run._step(rows(4, seed=step), False)
+        run._step(rows(4, seed=step), {})
         decay = min(0.5, step / (step + 10))
         for name, parameter in run.adapter.named_parameters():
             expected[name] = decay * expected[name] + (1 - decay) * parameter.detach()

@@ -14,7 +14,7 @@ import pickle
 import platform
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -149,7 +149,7 @@ class Trainer:
             while self.step < self.steps:
                 rows = [self.train_examples[row] for row in self.order.step(self.step)]
                 started = time.perf_counter()
-                figures = self._step(rows, bool(asked))
+                figures = self._step(rows, asked)
                 took = time.perf_counter() - started
                 here = sum(len(row.tokens) for row in rows)
                 seconds, tokens = seconds + took, tokens + here
@@ -180,7 +180,7 @@ class Trainer:
             return state["step"], state["adapter"]
         return self.step, self.kept_state()
 
-    def _step(self, rows: Sequence[Example], stop: bool) -> dict[str, float]:
+    def _step(self, rows: Sequence[Example], asked: Mapping[str, signal.Signals]) -> dict[str, float]:
         """One optimiser step over the rows of all processes.
 
         Returns:
@@ -192,7 +192,7 @@ class Trainer:
         """
         config, processes = self.config, self.processes
         losses, cut, targets = self.accumulate(rows)
-        total, stops = processes.sum(torch.stack([losses.sum(), losses.new_tensor(float(stop))]))
+        total, stops = processes.sum(torch.stack([losses.sum(), losses.new_tensor(float(bool(asked)))]))
         if not math.isfinite(total):
             passed = zip(cut, losses.isfinite().tolist(), strict=True)
             bad = [rows[index] for part, finite in passed if not finite for index in part]
@@ -263,7 +263,8 @@ class Trainer:
         saved = any(self.folder.glob("checkpoint-*.pt"))
         kept = f"the last good checkpoint is in {self.folder}" if saved else "there is no checkpoint yet"
         raise FloatingPointError(
-            f"the {name} is {value} at step {self.step}{batch}; {kept}; try a lower --lr, or --dtype float32"
+            f"the {name} is {value} at step {self.step}{batch}; {kept}; with another --out try a lower --lr, or --dtype "
+            "float32"
         )
 
     @torch.no_grad()
