@@ -263,8 +263,8 @@ class Trainer:
         saved = any(self.folder.glob("checkpoint-*.pt"))
         kept = f"the last good checkpoint is in {self.folder}" if saved else "there is no checkpoint yet"
         raise FloatingPointError(
-            f"the {name} is {value} at step {self.step}{batch}; {kept}; with another --out try a lower --lr, or --dtype "
-            "float32"
+            f"the {name} is {value} at step {self.step}{batch}; {kept}; "
+            "try a lower --lr, or --dtype float32, with another --out"
         )
 
     @torch.no_grad()
