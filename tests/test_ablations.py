@@ -579,6 +579,7 @@ def test_a_child_that_outlived_its_parent_is_not_given_a_rival(world, tmp_path, 
             break
         time.sleep(0.05)
     assert "the loss is nan" in error
+    assert "asleep" not in output.read_text(), "an earlier child's output is not this one's"
 
 
 def wait_for(path: Path) -> None:
