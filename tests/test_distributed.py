@@ -91,11 +91,14 @@ def world(tmp_path_factory) -> World:
             longest[place] = max(longest[place], len(passes(lengths, self.config.batch_tokens, 0, count)))
         return accumulate(self, rows)
 
+    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MMADAPTER_CACHE", str(folder / "cache"))
         patch.setattr(Trainer, "accumulate", counted)
+        torch.set_num_threads(1)  # as torchrun's: another number rounds otherwise, before anything is exchanged
         assert alpaca.main(made.argv(made.plain)) == 0
         assert alpaca.main(made.argv(made.tuned, *V2)) == 0
+        torch.set_num_threads(threads)
     return World(folder, made.plain, made.tuned, *longest)
 
 
