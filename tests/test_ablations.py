@@ -611,8 +611,8 @@ def test_the_table_and_the_record(world, tmp_path, capsys, calls):
         f"| epochs-4 {cells[1].format(loss=9)} 83.85 (30 epochs; .004, .241) |",
         f"| epochs-8 {cells[2].format(loss=19)} 83.94 (60 epochs; .001, .282) |",
         "",
-        "llama, without images. Accuracy: percent of 40 questions held out of the train split, by each seed others; "
-        "3 seeds, Student's t over them. Losses: a target token. Paper: val split, with images.",
+        "llama, without images. Accuracy: percent of 40 questions held out of the train split; 3 seeds (each seed "
+        "holds out others), Student's t over them. Losses: a target token. Paper: val split, with images.",
     ]
     results = json.loads((out / "results.json").read_text())
     assert results["command"] == shlex.join(["python", "-m", "training.ablations", *arguments])

@@ -470,8 +470,13 @@ def table(ablation: str, config: RunConfig, results: Sequence[Mapping[str, Any]]
             f"| {row['accuracy']:.2f} [{low:.2f}, {high:.2f}] | {row['paper']} |"
         )
     runs = results[0]["runs"]
-    part = "held out of the train split, by each seed others" if config.held_out else "of the val split"
-    of = f"{len(runs)} seeds, Student's t over them" if len(runs) > 1 else "one seed, bootstrap over the questions"
+    part = "held out of the train split" if config.held_out else "of the val split"
+    others = " (each seed holds out others)" if config.held_out else ""
+    of = (
+        f"{len(runs)} seeds{others}, Student's t over them"
+        if len(runs) > 1
+        else "one seed, bootstrap over the questions"
+    )
     lines += [
         "",
         f"{Path(config.llama).name}, {config.vision or 'without images'}. Accuracy: percent of "
