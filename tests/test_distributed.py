@@ -210,6 +210,7 @@ def test_two_processes_take_the_steps_of_one(world, torchrun, tmp_path):
     assert said[-1].startswith("validation loss")
     # A bar for the features of the pictures that are learnt, and one for those of the others.
     assert job.err.count("image features, view 1/1:   0%") == 2
+    assert "FutureWarning" not in job.err
 
     # What two processes began, one goes on with.
     ended_early(out, out, step=4)

@@ -114,7 +114,8 @@ class Trainer:
             self.processes.require_same("settings", settings)
             self.processes.require_same("rows", _digest([*train, *self.validation_examples]))
             # Only the adapter's gradients are exchanged: the frozen base is the same everywhere, or sharded.
-            model.adapter = DistributedDataParallel(self.adapter, broadcast_buffers=False)
+            model.adapter = DistributedDataParallel(self.adapter)
+            model.adapter.broadcast_buffers = False  # as an argument, newer versions of torch warn of it
 
     def train(self) -> float | None:
         """Trains to the last step and returns the validation loss of the weights that are kept.
