@@ -198,7 +198,8 @@ def _load_own(path: Path, base: LlamaConfig, fingerprint: Fingerprint) -> tuple[
     projection = None
     if about.vision is not None:
         feature_width = len(state["projection.feature_mean"]) if "projection.feature_mean" in state else 1
-        projection = ImageProjection(feature_width, base.width, about.projection_width)
+        components = state["projection.feature_whitening"].shape[-1] if "projection.feature_whitening" in state else 0
+        projection = ImageProjection(feature_width, base.width, about.projection_width, components=components)
     return _filled(path, Adapter(about.adapter, base, projection=projection), state), about
 
 

@@ -254,10 +254,12 @@ def parse_answer(text: str, choices: Sequence[str], answer_form: str = "letter")
 
     The first of these that names something:
 
-    1. The whole text, as a letter (B, (B), B.) or an option's own text.
+    1. The whole text, as a letter (B, (B), B.; also a small one) or an option's own text.
     2. The last "answer is X" in it, X a letter or an option's own text, whichever is longer. A small letter counts in
        brackets or before a stop only: "the answer is a magnet" is not A.
     3. What stands before "BECAUSE:", as in 1.
+    4. The capital letter that it begins with, in brackets or with a stop ("B. Louisiana", "(B) for it is ..."), unless
+       what follows is another option's own text.
 
     Of an option's text, case and a stop at the end do not matter unless two options differ in nothing else. A letter
     past the last choice names nothing, and if it is the X of 2, then the answer is None.
@@ -273,7 +275,8 @@ def parse_answer(text: str, choices: Sequence[str], answer_form: str = "letter")
         named = _beginning(text[stated.end() :], choices, answer_form)
         if named is not None:
             return named if named < len(choices) else None
-    return _whole(text.partition("BECAUSE:")[0].strip(), choices, answer_form)
+    before = _whole(text.partition("BECAUSE:")[0].strip(), choices, answer_form)
+    return before if before is not None else _leading(text, choices)
 
 
 def _whole(text: str, choices: Sequence[str], answer_form: str) -> int | None:
@@ -282,6 +285,16 @@ def _whole(text: str, choices: Sequence[str], answer_form: str) -> int | None:
     lettered = LETTERS.index((letter[1] or letter[2]).upper()) if letter else len(choices)
     named = [index for index in (lettered, _option(text, choices)) if index is not None and index < len(choices)]
     return named[0 if answer_form == "letter" else -1] if named else None
+
+
+def _leading(text: str, choices: Sequence[str]) -> int | None:
+    """The choice whose letter, (B) or "B.", comes before other text, which must not be another choice's own."""
+    letter = re.match(r"(?:\(([A-Z])\)\.?|([A-Z])[.):]) ", text)
+    if letter is None:
+        return None
+    index = LETTERS.index(letter[1] or letter[2])
+    contradicted = _option(text[letter.end() :], choices) not in (None, index)
+    return index if index < len(choices) and not contradicted else None
 
 
 def _option(text: str, choices: Sequence[str]) -> int | None:

@@ -1,7 +1,7 @@
 """The frozen image encoder, read at several scales, and the projection to the image token (arXiv 2303.16199, Eq. 9).
 
 Shapes: B batch, S side of the image in pixels, M scales, C_m channels of scale m, F = sum of the widths of all
-scales, R x C cells of a grid, C width of the LLaMA.
+scales, R principal components, C width of the LLaMA. A grid is R x C cells.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mmadapter.config import VisionConfig
 from mmadapter.image import ImageSource, load_image, to_square, to_tensor
 from mmadapter.tower import Reading, Tower, load_tower
 
+WHITENING_FLOOR = 1e-3  # added to the variance of each component, of features whose own is 1
 _SCALE = re.compile(r"(?P<place>[1-9]\d*|final)(?:/(?P<rows>[1-9]\d*)x(?P<columns>[1-9]\d*))?")
 
 
@@ -133,7 +134,9 @@ class ImageProjection(nn.Module):
     """Projects the concatenated features of all scales to the image token (Eq. 9).
 
     The features are standardised by their mean and deviation over the training set: those of a frozen network differ
-    in scale by orders of magnitude from channel to channel. Then LayerNorm, a two-layer MLP and LayerNorm, so that the
+    in scale by orders of magnitude from channel to channel. They may be whitened as well: what tells similar images
+    apart, such as two maps with another country coloured, is a small part of the variance, and without its being made
+    as large as the rest a short training does not find it. Then LayerNorm, a two-layer MLP and LayerNorm, so that the
     image token starts at the scale of the adaption prompts that it is added to (Eq. 10).
     """
 
@@ -145,6 +148,7 @@ class ImageProjection(nn.Module):
         dropout: float = 0.0,
         feature_dropout: float = 0.0,
         scale: float = 1.0,
+        components: int = 0,
     ) -> None:
         """Makes the projection; the standardisation is the identity until `set_statistics`.
 
@@ -153,15 +157,24 @@ class ImageProjection(nn.Module):
             width: Width of the LLaMA, C.
             hidden: Width between the two linear layers.
             dropout: Share of hidden units dropped in training.
-            feature_dropout: Share of standardised features dropped in training.
+            feature_dropout: Share of standardised, or whitened, features dropped in training.
             scale: Standard deviation of the image token's numbers at the start.
+            components: Principal components that whitening keeps, R; 0 does not whiten.
+
+        Raises:
+            ValueError: There are fewer features than components.
         """
         super().__init__()
         self.register_buffer("feature_mean", torch.zeros(feature_width))
         self.register_buffer("feature_std", torch.ones(feature_width))
+        if components > feature_width:
+            raise ValueError(f"an image has {feature_width} features, so {components} components cannot be whitened")
+        whitening = torch.eye(feature_width, components) if components else None
+        self.register_buffer("feature_whitening", whitening)  # [F, R]
+        taken = components or feature_width
         self.feature_dropout = nn.Dropout(feature_dropout)
-        self.feature_norm = nn.LayerNorm(feature_width)
-        self.hidden = nn.Linear(feature_width, hidden)
+        self.feature_norm = nn.LayerNorm(taken)
+        self.hidden = nn.Linear(taken, hidden)
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(hidden, width)
         self.output_norm = nn.LayerNorm(width)
@@ -169,9 +182,10 @@ class ImageProjection(nn.Module):
 
     @torch.no_grad()
     def set_statistics(self, features: torch.Tensor) -> None:
-        """Takes mean and deviation of every feature over a training set.
+        """Takes mean and deviation of every feature over a training set, and what whitens them.
 
-        A feature that varies by no more than rounding does (1e-4 of its mean) is only centred, not blown up.
+        A feature that varies by no more than rounding does (1e-4 of its mean) is only centred, not blown up; a
+        component that varies less than a thousandth of what a feature does is raised no further than that.
 
         Args:
             features: [number of images, F], two images at least.
@@ -191,10 +205,19 @@ class ImageProjection(nn.Module):
         deviation[deviation <= 1e-4 * mean.abs()] = 1.0
         self.feature_mean.copy_(mean)
         self.feature_std.copy_(deviation)
+        if self.feature_whitening is not None:
+            standard = (features - mean) / deviation  # [n, F]
+            variances, directions = torch.linalg.eigh(standard.T @ standard / len(standard))  # rising: [F], [F, F]
+            components = self.feature_whitening.shape[1]
+            largest = torch.arange(len(variances) - 1, len(variances) - 1 - components, -1, device=variances.device)
+            whitening = directions[:, largest] / (variances[largest].clamp_min(0) + WHITENING_FLOOR).sqrt()
+            self.feature_whitening.copy_(whitening)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Projects features [B, F] to image tokens [B, C]."""
         x = (features - self.feature_mean) / self.feature_std  # [B, F]
+        if self.feature_whitening is not None:
+            x = x @ self.feature_whitening  # [B, R]
         x = x.to(self.hidden.weight.dtype)
         x = self.feature_norm(self.feature_dropout(x))
         x = self.dropout(F.gelu(self.hidden(x)))  # [B, hidden]

@@ -30,6 +30,7 @@ from mmadapter.checkpoint import (
 )
 from mmadapter.config import GATES, TUNES, AdapterConfig, VisionConfig
 from mmadapter.info import SHAPES, adapter_parameters
+from mmadapter.vision import ImageProjection
 
 BASE = tiny.config()
 WORDS = [f"word {number}" for number in range(BASE.vocab_size)]
@@ -86,6 +87,17 @@ def load_message(path: Path, kind: type[Exception] = ValueError, **options: obje
 
 
 # ---- Our own file.
+
+
+def test_whitening_is_saved_with_the_projection(tmp_path: Path) -> None:
+    adapter = tiny.adapter(BASE, image=False)
+    adapter.projection = ImageProjection(tiny.FEATURES, BASE.width, 11, components=3)
+    adapter.projection.set_statistics(torch.randn(20, tiny.FEATURES))
+    save_adapter(tmp_path / FILE_NAME, adapter.state_dict(), about(adapter))
+    loaded, _ = load_adapter(tmp_path, BASE, FINGERPRINT)
+    assert loaded.projection.feature_whitening.shape == (tiny.FEATURES, 3)
+    features = torch.randn(2, tiny.FEATURES)
+    assert torch.equal(loaded.projection(features), adapter.projection(features))
 
 
 @pytest.mark.parametrize("tune", TUNES)

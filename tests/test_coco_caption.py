@@ -134,7 +134,7 @@ def test_every_part_of_the_adapter_has_moved(world, trained, tmp_path):
     assert main(command(world, world / "karpathy", tmp_path, "--lr", "1e-30", "--gate-lr", "1e-30")) == 0
     before, after = load_file(tmp_path / "adapter.safetensors"), load_file(trained / "adapter.safetensors")
     unmoved = [name for name in after if torch.allclose(before[name], after[name], rtol=0, atol=1e-5)]
-    assert unmoved == ["projection.feature_mean", "projection.feature_std"]
+    assert unmoved == ["projection.feature_mean", "projection.feature_std", "projection.feature_whitening"]
 
 
 def test_prompts_and_image_token_start_at_the_scale_of_the_run_file(world, tmp_path):

@@ -1,5 +1,7 @@
 """Features of frozen towers equal their own forward and forward hooks on their blocks; the projection is Eq. 9."""
 
+from typing import Any
+
 import numpy as np
 import open_clip
 import pytest
@@ -230,7 +232,7 @@ def test_bfloat16_gives_nearly_the_same_in_float32(spec: str) -> None:
     assert F.cosine_similarity(features, full(pixels)).min() > 0.97
 
 
-def projection_of(**options: float) -> ImageProjection:
+def projection_of(**options: Any) -> ImageProjection:
     torch.manual_seed(7)
     return ImageProjection(6, 4, 5, **options)
 
@@ -260,6 +262,39 @@ def test_projection_standardises() -> None:
     torch.testing.assert_close(projection(features), expected)
     assert set(dict(projection.named_buffers())) == {"feature_mean", "feature_std"}
     assert {"feature_mean", "feature_std"} <= set(projection.state_dict())
+
+
+def test_projection_whitens() -> None:
+    """Small differences between images would take a short training too long to find."""
+    generator = torch.Generator().manual_seed(0)
+    # Six features of four sources, the last of which is a hundredth of the first.
+    sources = torch.randn(400, 4, generator=generator) * torch.tensor([1.0, 0.5, 0.1, 0.01])
+    features = sources @ torch.randn(4, 6, generator=generator) + 3
+    projection = projection_of(components=3)
+    projection.set_statistics(features)
+    standard = (features - projection.feature_mean) / projection.feature_std
+    white = standard @ projection.feature_whitening
+    variances = torch.linalg.eigvalsh((standard.T @ standard / 400).double()).flip(0)[:3].float()
+    # Each component has its own variance v divided by v + 1e-3, and they do not go together.
+    torch.testing.assert_close(white.T @ white / 400, torch.diag(variances / (variances + 1e-3)), rtol=1e-3, atol=1e-3)
+    assert projection.hidden.in_features == 3
+    normed = F.layer_norm(white, (3,))
+    hidden = F.gelu(normed @ projection.hidden.weight.T + projection.hidden.bias)
+    expected = F.layer_norm(hidden @ projection.output.weight.T + projection.output.bias, (4,))
+    torch.testing.assert_close(projection(features), expected)
+
+
+def test_fewer_images_than_components_whiten_what_there_is() -> None:
+    projection = projection_of(components=5)
+    projection.set_statistics(torch.tensor([[0.0, 1, 2, 3, 4, 5], [1.0, 1, 2, 3, 4, 5]]))
+    assert projection.feature_whitening.isfinite().all()
+    white = (torch.eye(6) - projection.feature_mean) / projection.feature_std @ projection.feature_whitening
+    assert white.abs().max() < 200
+
+
+def test_more_components_than_features_are_an_error() -> None:
+    with pytest.raises(ValueError, match="an image has 6 features, so 7 components cannot be whitened"):
+        projection_of(components=7)
 
 
 def test_projection_dropout_acts_in_training_only() -> None:

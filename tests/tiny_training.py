@@ -27,6 +27,7 @@ RUN = {
     "prompt_length": 3,
     "image_size": 32,
     "views": 2,
+    "whiten": 6,
     "projection_width": 8,
     "dropout": 0.2,
     "feature_dropout": 0.2,

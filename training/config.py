@@ -24,7 +24,7 @@ AT_LEAST_ONE = (
 BELOW_ONE = ("dropout", "feature_dropout", "label_smoothing", "ema", "beta1", "beta2")
 NOT_NEGATIVE = (
     *("seed", "batch_tokens", "steps", "epochs", "lr", "gate_lr", "weight_decay", "warmup", "warmup_epochs", "clip"),
-    *("held_out",),
+    *("held_out", "whiten"),
 )
 CHOICES = {
     "dtype": ("float32", "bfloat16"),
@@ -54,6 +54,8 @@ class RunConfig:
         image_size: Side of the square image in pixels; 0 takes the encoder's own.
         resize: "squash" or "crop".
         views: Views of each training photo whose features are cached: the photo and views - 1 random crops of it.
+        whiten: Principal components of the image features that the projection takes, each scaled to unit variance; 0
+            takes the features as they are.
         projection_width: Inner width of the MLP from image features to the image token.
         dropout: Dropout inside that MLP.
         feature_dropout: Dropout on the image features.
@@ -108,6 +110,7 @@ class RunConfig:
     image_size: int = 0
     resize: str = "squash"
     views: int = 1
+    whiten: int = 0
     projection_width: int = 576
     dropout: float = 0.0
     feature_dropout: float = 0.0

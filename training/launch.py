@@ -191,6 +191,7 @@ def _train(
             dropout=config.dropout,
             feature_dropout=config.feature_dropout,
             scale=config.prompt_std,
+            components=config.whiten,
         )
     model = base.with_adapter(config, projection)
     if config.shard:
