@@ -32,12 +32,15 @@ class CaptionedImage:
     split: str | None
 
 
-def read_captions(path: Path, split: str | None = None) -> list[CaptionedImage]:
+def read_captions(
+    path: Path, split: str | None = None, bare: list[CaptionedImage] | None = None
+) -> list[CaptionedImage]:
     """Read COCO caption annotations or a Karpathy `dataset_*.json`, in the file's order.
 
     Args:
         path: The annotation file.
         split: Keep this split only, None keeps all images. COCO annotations have none.
+        bare: Takes the images without captions, which are then left out; with None they are an error.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -65,9 +68,13 @@ def read_captions(path: Path, split: str | None = None) -> list[CaptionedImage]:
     for image_id, count in Counter(str(image.image_id) for image in captioned).items():
         if count > 1:
             raise ValueError(f"{path}: image id {image_id} stands there {count} times; ids must be unique")
-    bare = [image.file_name for image in captioned if not image.captions]
-    if bare:
-        raise ValueError(f"{path}: {named(bare, 'image')} without captions; remove it from the file or add captions")
+    without = [image for image in captioned if not image.captions]
+    if without and bare is None:
+        names = named([image.file_name for image in without], "image")
+        raise ValueError(f"{path}: {names} without captions; remove it from the file or add captions")
+    if bare is not None:
+        bare += without
+        captioned = [image for image in captioned if image.captions]
     return captioned if split is None else select_split(captioned, split, path)
 
 

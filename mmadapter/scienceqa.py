@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmadapter.rows import BadRow
+
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SUBJECTS = {"NAT": "natural science", "SOC": "social science", "LAN": "language science"}
 CLASSES = ("avg", "NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12")
@@ -47,12 +49,13 @@ class Problem:
     split: str = ""
 
 
-def read_problems(folder: Path, split: str) -> list[Problem]:
+def read_problems(folder: Path, split: str, bad: list[BadRow] | None = None) -> list[Problem]:
     """The questions of one split, in the order of `pid_splits.json`.
 
     Args:
         folder: Holds `problems.json`, `pid_splits.json` and images as `images/SPLIT/PID/FILE`.
         split: A key of `pid_splits.json`.
+        bad: Takes the incomplete questions, which are then left out; with None the first is an error.
 
     Raises:
         FileNotFoundError: The folder or one of the two files is not there.
@@ -73,12 +76,22 @@ def read_problems(folder: Path, split: str) -> list[Problem]:
         twice = next(pid for pid in pids if pids.count(pid) > 1)
         raise ValueError(f"{folder / 'pid_splits.json'}: split {split} names pid {twice} more than once")
     missing = [pid for pid in pids if pid not in problems]
-    if missing:
+    if missing and bad is None:
         raise ValueError(
             f"{folder / 'problems.json'} lacks {len(missing)} of the {len(pids)} pids of split {split}, "
             f"such as {', '.join(missing[:3])}"
         )
-    return [_problem(folder, pid, problems[pid], split) for pid in pids]
+    found = []
+    for pid in pids:
+        try:
+            if pid not in problems:
+                raise ValueError(f"it is in pid_splits.json, split {split}, and not here")
+            found.append(_problem(folder, pid, problems[pid], split))
+        except ValueError as error:
+            if bad is None:
+                raise ValueError(f"{folder / 'problems.json'}, pid {pid}: {error}") from None
+            bad.append(BadRow(f"problems.json, pid {pid}", str(error)))
+    return found
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -94,29 +107,29 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _problem(folder: Path, pid: str, record: object, split: str) -> Problem:
-    place = f"{folder / 'problems.json'}, pid {pid}"
+    """One question; a ValueError says what is wrong with it."""
     if not isinstance(record, dict):
-        raise ValueError(f"{place}: expected an object, got {type(record).__name__}")
+        raise ValueError(f"expected an object, got {type(record).__name__}")
 
     def text(name: str) -> str:
         value = record.get(name)
         if value is not None and not isinstance(value, str):
-            raise ValueError(f"{place}: {name} must be a text, got {value!r}")
+            raise ValueError(f"{name} must be a text, got {value!r}")
         return (value or "").strip()
 
     choices, answer, grade, subject = record.get("choices"), record.get("answer"), text("grade"), text("subject")
     if not text("question"):
-        raise ValueError(f"{place} has no question")
+        raise ValueError("it has no question")
     if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
-        raise ValueError(f"{place}: choices must be a list of 2 to {len(LETTERS)} texts, got {choices!r}")
+        raise ValueError(f"choices must be a list of 2 to {len(LETTERS)} texts, got {choices!r}")
     if not all(isinstance(choice, str) and choice.strip() for choice in choices):
-        raise ValueError(f"{place}: every choice must be a text that is not empty, got {choices!r}")
+        raise ValueError(f"every choice must be a text that is not empty, got {choices!r}")
     if type(answer) is not int or not 0 <= answer < len(choices):
-        raise ValueError(f"{place}: answer must be an index from 0 to {len(choices) - 1}, got {answer!r}")
+        raise ValueError(f"answer must be an index from 0 to {len(choices) - 1}, got {answer!r}")
     if grade and not re.fullmatch(r"grade([1-9]|1[0-2])", grade):
-        raise ValueError(f"{place}: grade must be grade1 to grade12 or null, got {grade!r}")
+        raise ValueError(f"grade must be grade1 to grade12 or null, got {grade!r}")
     if subject and subject not in SUBJECTS.values():
-        raise ValueError(f"{place}: subject must be one of {', '.join(SUBJECTS.values())} or null, got {subject!r}")
+        raise ValueError(f"subject must be one of {', '.join(SUBJECTS.values())} or null, got {subject!r}")
     own_split = text("split") or split  # a part such as minitest has its images in those of the whole, test
     return Problem(
         pid=pid,

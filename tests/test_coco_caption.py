@@ -212,6 +212,24 @@ def test_an_empty_caption_is_named_and_may_be_skipped(world, tmp_path, capsys, m
     assert len(given_to_engine(monkeypatch, main, [*argv, "--skip-bad-rows"]).train_examples) == 39
 
 
+@pytest.mark.parametrize(("split", "left"), [("train", 35), ("val", 40), ("test", None)])
+def test_a_picture_without_captions_is_named_and_may_be_skipped(world, tmp_path, capsys, monkeypatch, split, left):
+    """One of the test split is none of the training's business."""
+    data = write_karpathy(tmp_path / "data")
+    content = json.loads((data / "dataset_tiny.json").read_text())
+    image = next(image for image in content["images"] if image["split"] == split)
+    image["sentences"] = []
+    (data / "dataset_tiny.json").write_text(json.dumps(content))
+    argv = command(world, data, tmp_path / "out")
+    if left is None:
+        assert len(given_to_engine(monkeypatch, main, argv).train_examples) == 40
+        return
+    said = f"1 bad row: dataset_tiny.json, {image['filename']}: it has no captions"
+    assert said in error_of(capsys, main, argv)
+    assert len(given_to_engine(monkeypatch, main, [*argv, "--skip-bad-rows"]).train_examples) == left
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", [b"no picture at all", None])
 def test_a_corrupt_picture_is_named(world, tmp_path, capsys, monkeypatch, content):
     monkeypatch.setenv("MMADAPTER_CACHE", str(tmp_path / "cache"))

@@ -92,7 +92,7 @@ def test_a_part_of_a_split_has_its_images_in_the_whole(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"question": " "}, "pid 7 has no question"),
+        ({"question": " "}, "pid 7: it has no question"),
         ({"question": 3}, "pid 7: question must be a text, got 3"),
         ({"choices": None}, "pid 7: choices must be a list of 2 to 26 texts, got None"),
         ({"choices": ["yes"]}, r"pid 7: choices must be a list of 2 to 26 texts, got \['yes'\]"),

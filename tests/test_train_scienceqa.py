@@ -217,19 +217,36 @@ def without(name: str) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("problem", "message"),
     [
-        (without("question"), "problems.json, pid 103 has no question"),
+        (without("question"), "problems.json, pid 103: it has no question"),
         (without("choices"), "problems.json, pid 103: choices must be a list of 2 to 26 texts, got None"),
         (without("answer"), "problems.json, pid 103: answer must be an index from 0 to 2, got None"),
         ({**scienceqa_problem(3, "train"), "answer": 3}, "answer must be an index from 0 to 2, got 3"),
     ],
 )
-def test_an_incomplete_question_is_named_by_its_pid(world, data, tmp_path, capsys, problem, message):
+def test_an_incomplete_question_is_named_by_its_pid_and_may_be_skipped(
+    world, data, tmp_path, capsys, monkeypatch, problem, message
+):
     problems = json.loads((data / "problems.json").read_text())
     (data / "problems.json").write_text(json.dumps({**problems, "103": problem}))
-    error = error_of(capsys, main, command(world, tmp_path / "out", data=data))
+    argv = command(world, tmp_path / "out", data=data)
+    error = error_of(capsys, main, argv)
+    assert error.startswith("error: 1 bad row: ")
     assert message in error
-    assert str(data) in error
     assert not (tmp_path / "out").exists()
+    given = given_to_engine(monkeypatch, main, [*argv, "--skip-bad-rows"])
+    assert message in capsys.readouterr().err
+    assert len(given.train_examples) == 9
+    assert given.record["rows_left_out"] == 1
+
+
+def test_a_pid_without_a_question_is_a_bad_row(world, data, tmp_path, capsys, monkeypatch):
+    splits = json.loads((data / "pid_splits.json").read_text())
+    splits["val"].append("999")
+    (data / "pid_splits.json").write_text(json.dumps(splits))
+    argv = command(world, tmp_path / "out", data=data)
+    said = "1 bad row: problems.json, pid 999: it is in pid_splits.json, split val, and not here"
+    assert said in error_of(capsys, main, argv)
+    assert len(given_to_engine(monkeypatch, main, [*argv, "--skip-bad-rows"]).train_examples) == 10
 
 
 @pytest.mark.parametrize(
@@ -238,7 +255,6 @@ def test_an_incomplete_question_is_named_by_its_pid(world, data, tmp_path, capsy
         (lambda folder: shutil.rmtree(folder), "no folder"),
         (lambda folder: (folder / "problems.json").unlink(), "no "),
         (lambda folder: (folder / "problems.json").write_text("{"), "problems.json is not JSON"),
-        (lambda folder: (folder / "pid_splits.json").write_text('{"train": ["100", "999"]}'), "such as 999"),
         (lambda folder: (folder / "pid_splits.json").write_text('{"train": ["100"]}'), "has no split 'val'"),
     ],
 )

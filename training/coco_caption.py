@@ -30,7 +30,9 @@ def caption_text(raw: str) -> str:
     return " ".join(raw.lower().split()).rstrip(" .") + "."
 
 
-def read_data(folder: Path, seed: int, held_out: int = 0) -> tuple[list[CaptionedImage], list[CaptionedImage], Path]:
+def read_data(
+    folder: Path, seed: int, held_out: int = 0, bare: list[CaptionedImage] | None = None
+) -> tuple[list[CaptionedImage], list[CaptionedImage], Path]:
     """Training and validation images of a data folder, and the annotation file they come from.
 
     Karpathy's file says its splits; of COCO's files the one of the training set is taken, and some images are held out
@@ -38,6 +40,7 @@ def read_data(folder: Path, seed: int, held_out: int = 0) -> tuple[list[Captione
 
     Args:
         held_out: Captions that the images held out have at least; 0 is one image in ten, at most 1,000.
+        bare: See `captions.read_captions`.
 
     Raises:
         FileNotFoundError: The folder or its annotations are not there.
@@ -48,7 +51,7 @@ def read_data(folder: Path, seed: int, held_out: int = 0) -> tuple[list[Captione
     karpathy = sorted(folder.glob("dataset_*.json"))
     if karpathy:
         path = karpathy[0]
-        images = read_captions(path)
+        images = read_captions(path, bare=bare)
         train = [image for image in images if image.split in ("train", "restval")]
         validation = [image for image in images if image.split == "val"]
     else:
@@ -58,7 +61,7 @@ def read_data(folder: Path, seed: int, held_out: int = 0) -> tuple[list[Captione
         if not coco:
             raise FileNotFoundError(f"{folder} has neither a dataset_*.json nor annotations/captions_*.json")
         path = coco[0]
-        images = read_captions(path)
+        images = read_captions(path, bare=bare)
         random.Random(seed).shuffle(images)
         totals = itertools.accumulate(len(image.captions) for image in images)
         count = sum(total < held_out for total in totals) + 1 if held_out else max(1, min(1000, len(images) // 10))
@@ -100,14 +103,19 @@ def read(arguments: argparse.Namespace, config: RunConfig) -> Data:
     """
     if not config.vision:
         raise ValueError("captions need an image encoder; give one with --vision, such as efficientnet-lite2")
-    train, validation, annotations = read_data(arguments.data, config.seed, config.held_out)
+    bare: list[CaptionedImage] = []
+    train, validation, annotations = read_data(arguments.data, config.seed, config.held_out, bare)
+    used = [image for image in bare if image.split in (None, "train", "restval", "val")]
     sides = [caption_rows(arguments.data, side, config.template, annotations.name) for side in (train, validation)]
     return Data(
         train=sides[0][0],
         validation=sides[1][0],
         files=[annotations],
         task="caption",
-        bad=sides[0][1] + sides[1][1],
+        bad=[
+            *(BadRow(f"{annotations.name}, {image.file_name}", "it has no captions") for image in used),
+            *(bad for _, side in sides for bad in side),
+        ],
         generation={"beams": config.beams, "length_penalty": config.length_penalty, "max_new_tokens": 30},
     )
 

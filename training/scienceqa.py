@@ -31,12 +31,12 @@ def read(arguments: argparse.Namespace, config: RunConfig) -> Data:
         FileNotFoundError, ValueError: See `scienceqa.read_problems` and `scienceqa.parse_format`.
     """
     form, wrap = parse_format(config.format), template(config.template)
-    train = read_problems(arguments.data, "train")
+    bad: list[BadRow] = []
+    train = read_problems(arguments.data, "train", bad)
     if config.held_out:
         train, validation = held_out(train, config.held_out, config.seed)
     else:
-        validation = read_problems(arguments.data, "val")
-    bad = []
+        validation = read_problems(arguments.data, "val", bad)
 
     def row(problem: Problem) -> Row:
         image = problem.image if config.vision else None
