@@ -30,7 +30,7 @@ import training.scienceqa
 from mmadapter.checkpoint import AdapterFile, read_about, save_adapter
 from mmadapter.config import AdapterConfig
 from mmadapter.record import file_sha256
-from training import ablations
+from training import ablation_results, ablations
 from training.config import add_overrides, overrides_of, read_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -651,8 +651,8 @@ def test_the_curves(world, tmp_path, calls, ablation, names, points):
 
 def test_a_curve_is_of_means_over_equal_parts():
     log = [{"step": 0, "val_loss": 5.0}, *({"step": step, "loss": float(step % 2)} for step in range(1, 461))]
-    curve = ablations.smoothed(log)
-    assert len(curve) == ablations.CURVE_POINTS
+    curve = ablation_results.smoothed(log)
+    assert len(curve) == ablation_results.CURVE_POINTS
     assert (curve[0][0], curve[-1][0]) == (9, 460)
     assert curve[0][1] == pytest.approx(5 / 9)
     assert all(0.4 < mean < 0.6 for _, mean in curve)
@@ -660,7 +660,7 @@ def test_a_curve_is_of_means_over_equal_parts():
 
 def test_students_t_is_that_of_its_density():
     """The table of quantiles against the integral of the density: 95% lie within."""
-    for degrees, quantile in enumerate(ablations.STUDENT_T, 1):
+    for degrees, quantile in enumerate(ablation_results.STUDENT_T, 1):
         x = np.linspace(-quantile, quantile, 200_001)
         density = (1 + x**2 / degrees) ** (-(degrees + 1) / 2)
         scale = math.gamma((degrees + 1) / 2) / (math.sqrt(degrees * math.pi) * math.gamma(degrees / 2))
@@ -668,15 +668,15 @@ def test_students_t_is_that_of_its_density():
 
 
 def test_intervals():
-    low, high = ablations.interval([70.0, 74.0, 72.0], 1200)
+    low, high = ablation_results.interval([70.0, 74.0, 72.0], 1200)
     assert ((low + high) / 2, (high - low) / 2) == (pytest.approx(72), pytest.approx(4.303 * 2 / math.sqrt(3)))
-    low, high = ablations.interval([70.0, 72.0], 1200)
+    low, high = ablation_results.interval([70.0, 72.0], 1200)
     assert high - low == pytest.approx(2 * 12.706 * 1)  # the mean's deviation is sqrt(2) / sqrt(2)
-    low, high = ablations.interval([72.0], 1200)
+    low, high = ablation_results.interval([72.0], 1200)
     assert (high - low) / 2 == pytest.approx(1.96 * 100 * math.sqrt(0.72 * 0.28 / 1200), rel=0.05)
     assert (low + high) / 2 == pytest.approx(72, abs=0.2)
-    assert ablations.interval([72.0], 1200) == (low, high), "the same at each call"
-    assert ablations.interval([100.0], 8) == (100, 100)
+    assert ablation_results.interval([72.0], 1200) == (low, high), "the same at each call"
+    assert ablation_results.interval([100.0], 8) == (100, 100)
 
 
 # Misuse
