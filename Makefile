@@ -1,12 +1,15 @@
-# make demo: everything from nothing to captions. make test: lint and tests.
+# make demo: everything from nothing to captions. make app: the web page. make test: lint and tests.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo app test lint clean
 
 demo: $(VENV)/installed
 	$(RUN) -m mmadapter.demo
+
+app: $(VENV)/installed
+	$(RUN) -m app
 
 test: lint
 	$(RUN) -m pytest
