@@ -6,7 +6,6 @@ The scores are pycocoevalcap's, over a prediction file or over the captions that
 from __future__ import annotations
 
 import argparse
-import hashlib
 import random
 import shlex
 import sys
@@ -16,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from eval.caption_metrics import METRICS, CaptionScores, java_version, require_pycocoevalcap, score_captions
-from eval.records import kept_line, note, prepare_outputs, provenance, read_kept
+from eval.records import (
+    check_options,
+    keep,
+    kept_answers,
+    kept_model,
+    model_identity,
+    note,
+    prepare_outputs,
+    result_record,
+)
 from mmadapter.captions import (
     CaptionedImage,
     base_name,
@@ -38,6 +46,8 @@ by pycocoevalcap. Annotations are COCO's JSON or Karpathy's dataset_*.json. Pred
 METEOR, SPICE and COCO's tokenizer are Java programs; what cannot be computed is left out and said so.
 """
 TASK_VERSION = 1
+BATCH_SIZE = 32
+MODEL_ONLY = ("predictions_out", "train", "shots", "batch_size", "beams")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,14 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(arguments)
-    if (args.predictions is None) == (args.adapter is None):
-        parser.error("give either --predictions FILE or --adapter A (none is the base model)")
+    check_options(parser, args, model_only=MODEL_ONLY, from_one=("batch_size", "limit", "beams"))
     if (args.adapter is None) != (args.images is None):
         parser.error("--adapter and --images go together: the model needs the pictures")
-    if args.predictions is not None and args.predictions_out is not None:
-        parser.error("--predictions-out keeps what --adapter makes; with --predictions there is nothing to keep")
-    if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
-        parser.error("--batch-size and --limit must be at least 1")
     command = shlex.join(["python", "-m", "eval.caption", *arguments])
     return main_with_errors(lambda: run(args, command), args.debug)
 
@@ -75,10 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         help="keep the model's captions as JSON lines; a run that was stopped goes on from there",
     )
-    parser.add_argument("--batch-size", metavar="N", type=int, default=32, help="images at once (default: %(default)s)")
+    parser.add_argument("--batch-size", metavar="N", type=int, help=f"images at once (default: {BATCH_SIZE})")
     parser.add_argument("--beams", metavar="N", type=int, help="beam search width (default: the adapter's own)")
+    parser.add_argument("--shots", type=int, choices=range(4), help="captions of train photos shown to the model first")
     parser.add_argument(
-        "--shots", type=int, choices=range(4), default=0, help="captions of train photos shown to the model first"
+        "--train", metavar="FILE", type=Path, help="annotations for --shots (default: split train of --annotations)"
     )
     parser.add_argument("--seed", type=int, default=0, help="chooses the shots (default: %(default)s)")
     add_model_options(parser)
@@ -87,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace, command: str) -> int:
     """Collect the captions, score them, print the table and write the record."""
+    started = time.monotonic()
     require_pycocoevalcap()
     prepare_outputs(args.json, args.predictions_out)
     known = read_captions(args.annotations)
@@ -102,13 +109,11 @@ def run(args: argparse.Namespace, command: str) -> int:
 
     if args.predictions is not None:
         captions, passed_over = match_predictions(args.predictions, images, known)
-        predictions_hash = file_sha256(args.predictions)
+        model = kept_model(args.predictions)
         if passed_over:
             note(f"{passed_over} captions of images that are not scored here are passed over")
     else:
-        captions = caption_images(args, images, known)
-        lines = [prediction_line(args, image, caption) for image, caption in zip(images, captions, strict=True)]
-        predictions_hash = hashlib.sha256("".join(lines).encode()).hexdigest()
+        captions, model = caption_images(args, images, known)
 
     scores = score_captions([image.captions for image in images], captions)
     for metric, reason in scores.left_out.items():
@@ -117,82 +122,90 @@ def run(args: argparse.Namespace, command: str) -> int:
         note("the plain tokenizer stands in for COCO's, which is a Java program: the last digits can differ")
     print_table(args.annotations, split, images, scores)
     if args.json is not None:
-        record = {
-            **scores.metrics,
-            "n": len(images),
-            "references": sum(len(image.captions) for image in images),
-            "split": split,
-            "tokenizer": scores.tokenizer,
-            "left_out": scores.left_out,
-            "task": "caption",
-            "version": TASK_VERSION,
-            "model": None if args.adapter is None else model_settings(args),
-            **provenance(command, ("pycocoevalcap", "numpy"), java=java_version()),
-            "data_hash": file_sha256(args.annotations),
-            "predictions_hash": predictions_hash,
-            "examples": [
+        record = result_record(
+            args,
+            command,
+            started,
+            task="caption",
+            version=TASK_VERSION,
+            scores={
+                **scores.metrics,
+                "n": len(images),
+                "references": sum(len(image.captions) for image in images),
+            },
+            settings={"split": split, "tokenizer": scores.tokenizer, "left_out": scores.left_out},
+            model=model,
+            data_hash=file_sha256(args.annotations),
+            predictions=[
                 {"image": image.file_name, "caption": caption, "CIDEr": cider}
                 for image, caption, cider in zip(images, captions, scores.cider_of_image, strict=True)
             ],
-        }
+            packages=("tokenizers", "timm", "pycocoevalcap", "numpy"),
+            java=java_version(),
+        )
         write_json(args.json, record)
     return 0
 
 
 def caption_images(
     args: argparse.Namespace, images: Sequence[CaptionedImage], known: Sequence[CaptionedImage]
-) -> list[str]:
-    """The model's caption of each image; those that `--predictions-out` already holds are not made again."""
+) -> tuple[list[str], dict[str, Any]]:
+    """The model's caption of each image, and the settings that decided them.
+
+    Those that `--predictions-out` already holds are not made again.
+    """
     paths = {image.file_name: image_path(args.images, image) for image in images}
+    shots = draw_shots(args, images, known)
+    model = {**model_identity(args), "beams": args.beams, "shots": shots}
     # The base alone does not see: with examples, even none, it is asked all the same, for the score of guessing.
-    blind = args.adapter == "none"
-    shots = {"examples": draw_shots(args, known) if args.shots else []} if args.shots or blind else {}
-    captions = {}
-    if args.predictions_out is not None:
-        kept = read_kept(
-            args.predictions_out, model_settings(args), ("image", "caption"), "caption", "--predictions-out"
-        )
-        captions = {line["image"]: line["caption"] for line in kept}
-    todo = [image for image in images if image.file_name not in captions]
-    if len(todo) < len(images):
-        note(
-            f"{len(images) - len(todo)} of {len(images)} captions are in {args.predictions_out}; delete it to redo them"
-        )
+    blind = {"examples": shots} if shots or args.adapter == "none" else {}
+    out = args.predictions_out
+    kept = kept_answers(out, model, ("image", "caption"), "caption", "--predictions-out", paths)
+    captions = {name: line["caption"] for name, line in kept.items()}
+    todo = [image.file_name for image in images if image.file_name not in captions]
     if todo:
+        from tqdm import tqdm
+
         session = load_session(args)
-        begin = time.monotonic()
-        chunk_size = 8 * args.batch_size  # enough to keep the session's batches busy, little enough to lose on a stop
-        for start in range(0, len(todo), chunk_size):
-            chunk = todo[start : start + chunk_size]
-            made = session.caption(
-                [paths[image.file_name] for image in chunk], batch_size=args.batch_size, beams=args.beams, **shots
-            )
-            captions.update({image.file_name: text for image, text in zip(chunk, made, strict=True)})
-            if args.predictions_out is not None:
-                with args.predictions_out.open("a", encoding="utf-8") as file:
-                    file.writelines(prediction_line(args, image, captions[image.file_name]) for image in chunk)
-            done = start + len(chunk)
-            note(f"{done} of {len(todo)} captions, {done / (time.monotonic() - begin):.1f} a second")
-    return [captions[image.file_name] for image in images]
+        batch_size = args.batch_size or BATCH_SIZE
+        chunk_size = 8 * batch_size  # enough to keep the session's batches busy, little enough to lose on a stop
+        with tqdm(total=len(todo), unit="image") as bar:
+            for start in range(0, len(todo), chunk_size):
+                chunk = todo[start : start + chunk_size]
+                made = session.caption(
+                    [paths[name] for name in chunk], batch_size=batch_size, beams=args.beams, **blind
+                )
+                captions.update(zip(chunk, made, strict=True))
+                keep(out, ({"image": name, "caption": captions[name]} for name in chunk), model)
+                bar.update(len(chunk))
+    return [captions[image.file_name] for image in images], model
 
 
-def draw_shots(args: argparse.Namespace, known: Sequence[CaptionedImage]) -> list[str]:
-    """Human captions of `--shots` train photos, never of one that is scored; `--seed` chooses them."""
-    train = [image for image in known if image.split == "train"]
-    if (args.split or "test") == "train" or len(train) < args.shots:
-        raise ValueError(f"--shots takes captions of train photos that are not scored; {args.annotations} has none")
+def draw_shots(
+    args: argparse.Namespace, scored: Sequence[CaptionedImage], known: Sequence[CaptionedImage]
+) -> list[str]:
+    """Human captions of `--shots` train photos, never of one that is scored; `--seed` chooses them.
+
+    Raises:
+        ValueError: There are too few such photos.
+    """
+    if not args.shots:
+        return []
+    source = known if args.train is None else read_captions(args.train)
+    asked = {base_name(image.file_name) for image in scored}
+    own_file = args.train is not None  # all of a file without splits is for training
+    train = [
+        image
+        for image in source
+        if (image.split == "train" or (own_file and image.split is None)) and base_name(image.file_name) not in asked
+    ]
+    if len(train) < args.shots:
+        raise ValueError(
+            f"--shots {args.shots} takes captions of as many train photos that are not scored, and "
+            f"{args.train or args.annotations} has {len(train)} of them; give annotations that have with --train"
+        )
     generator = random.Random(args.seed)
     return [generator.choice(image.captions) for image in generator.sample(train, args.shots)]
-
-
-def model_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What decides a caption: kept with every prediction, so that two models' captions cannot mix in one file."""
-    names = ("llama", "adapter", "vision", "prompt_length", "gate", "beams", "shots", "seed")
-    return {name: getattr(args, name) for name in names}
-
-
-def prediction_line(args: argparse.Namespace, image: CaptionedImage, caption: str) -> str:
-    return kept_line({"image": image.file_name, "caption": caption}, model_settings(args))
 
 
 def print_table(annotations: Path, split: str | None, images: Sequence[CaptionedImage], scores: CaptionScores) -> None:

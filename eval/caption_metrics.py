@@ -80,7 +80,10 @@ def score_captions(references: Sequence[Sequence[str]], captions: Sequence[str])
     left_out = {}
     for name, score in (("METEOR", meteor), ("SPICE", spice)):
         if not java:
-            left_out[name] = "it needs Java, and there is no working java on PATH; install a Java runtime"
+            left_out[name] = (
+                "it needs Java, and there is no working java on PATH; install a Java runtime, such as Debian's "
+                "default-jre-headless"
+            )
             continue
         try:
             metrics[name] = score(gold, made)

@@ -15,7 +15,7 @@ from eval import qa_metrics
 from eval.qa_files import Question, of_split, read_answers, read_gold
 from eval.qa_metrics import WUPS_THRESHOLDS, Similarity
 from eval.qa_model import BATCH_SIZE, ask_model
-from eval.records import note, prepare_outputs, provenance
+from eval.records import check_options, kept_model, note, prepare_outputs, result_record
 from mmadapter.options import Parser, add_model_options, main_with_errors
 from mmadapter.prompts import TEMPLATES
 from mmadapter.record import file_sha256, write_json
@@ -42,14 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(arguments)
-    if (args.predictions is None) == (args.adapter is None):
-        parser.error("give either --predictions FILE or --adapter A (none is the base model)")
-    given = [name for name in MODEL_ONLY if getattr(args, name) is not None]
-    if args.predictions is not None and given:
-        parser.error(f"--{given[0].replace('_', '-')} is about a model that answers; it goes with --adapter")
-    for name in ("batch_size", "limit", "max_new_tokens"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    check_options(parser, args, model_only=MODEL_ONLY, from_one=("batch_size", "limit", "max_new_tokens"))
     command = shlex.join(["python", "-m", "eval.qa", *arguments])
     return main_with_errors(lambda: run(args, command), args.debug)
 
@@ -92,20 +85,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace, command: str) -> int:
     """Collects the answers, scores them, prints the table and writes the record."""
+    started = time.monotonic()
     prepare_outputs(args.json, args.out)
     gold = read_gold(args.gold)
     known, split = of_split(gold, args.split)
     questions = known[: args.limit]
     source = gold if args.train is None else read_gold(args.train)
     train = [q for q in source.questions if q.split == "train" or (source is not gold and q.split == "")]
-    begin = time.monotonic()
-    model = None
     if args.predictions is not None:
         answers = read_answers(args.predictions, gold, known, questions)
+        model = kept_model(args.predictions)
     else:
         answers, model = ask_model(args, gold, split, questions, train)
-    seconds = time.monotonic() - begin
-
     similarity = wups_similarity(questions)
     each = [score(gold.as_said(answers[question.id]), question, similarity) for question in questions]
     total = means(each)
@@ -124,25 +115,17 @@ def run(args: argparse.Namespace, command: str) -> int:
         }
     print_table(f"{args.gold.name}{f', {split}' if split else ''}", total, by_type, constant)
     if args.json is not None:
-        record = {
-            **total,
-            "by_type": by_type,
-            "constant": constant,
-            "task": "qa",
-            "version": TASK_VERSION,
-            "split": split,
-            "limit": args.limit,
-            "shots": args.shots or 0,
-            "seed": args.seed,
-            "adapter": args.adapter,
-            "base": None if args.adapter is None else args.llama,
-            "model": model,
-            **provenance(command, ("tokenizers", "timm", "nltk")),
-            "data_hash": file_sha256(args.gold),
-            "train_hash": None if args.train is None else file_sha256(args.train),
-            "predictions_hash": None if args.predictions is None else file_sha256(args.predictions),
-            "seconds": round(seconds, 1),
-            "predictions": [
+        record = result_record(
+            args,
+            command,
+            started,
+            task="qa",
+            version=TASK_VERSION,
+            scores={**total, "by_type": by_type, "constant": constant},
+            settings={"split": split, "train_hash": None if args.train is None else file_sha256(args.train)},
+            model=model,
+            data_hash=file_sha256(args.gold),
+            predictions=[
                 {
                     "id": question.id,
                     "question": question.text,
@@ -153,7 +136,8 @@ def run(args: argparse.Namespace, command: str) -> int:
                 }
                 for question, scores in zip(questions, each, strict=True)
             ],
-        }
+            packages=("tokenizers", "timm", "nltk"),
+        )
         write_json(args.json, record)
     return 0
 

@@ -21,7 +21,7 @@ from mmadapter.rows import answer_text, fields_of, records, text_field
 
 EXPECTED = (
     "expected SQuAD JSON, or rows of question and answer (and image, split, context, id): a JSON list, JSON lines or "
-    "CSV with a header"
+    "CSV with a header and commas"
 )
 EXPECTED_ANSWERS = "expected {id: text}, JSON lines of id (or index) and answer, or a JSON list of texts in gold order"
 
@@ -195,7 +195,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
     try:
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
         if not {"question", "answer"} <= set(reader.fieldnames):
-            raise ValueError(f"{path} has the columns {', '.join(reader.fieldnames)[:80]}; {EXPECTED}")
+            raise ValueError(f"{path} has the columns {', '.join(reader.fieldnames)!r:.80}; {EXPECTED}")
         for row in reader:
             if None in row:
                 raise ValueError(f"{path}, line {reader.line_num}: more fields than columns; quote texts with commas")
@@ -253,7 +253,9 @@ def _predictions(
     elif isinstance(content, list) and not (content and all(isinstance(entry, dict) for entry in content)):
         questions = wanted if len(content) == len(wanted) else split
         if len(content) != len(questions):
-            raise ValueError(f"{path} is a list of {len(content)} answers; there are {len(split)} questions")
+            raise ValueError(
+                f"{path} is a list of {len(content)} answers; each of the {len(split)} questions needs one"
+            )
         yield from (
             (f"item {number}", question.id, answer)
             for number, (question, answer) in enumerate(zip(questions, content, strict=True))

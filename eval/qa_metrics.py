@@ -6,16 +6,29 @@ SQuAD: Rajpurkar et al. 2016, arXiv 1606.05250. WUPS: Malinowski and Fritz 2014,
 from __future__ import annotations
 
 import functools
+import io
 import math
+import os
 import re
 import string
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
 Similarity = Callable[[str, str], float]  # of two words or terms, from 0 to 1
 
 WUPS_THRESHOLDS = {"wups_0.9": 0.9, "wups_0.0": 0.0}
 BELOW_THRESHOLD = 0.1  # what a similarity below the threshold is multiplied by
+
+SYSTEM_WORDNET = ("/usr/share/wordnet",)
+WORDNET_FILES = tuple(f"{kind}.{part}" for kind in ("data", "index") for part in ("noun", "verb", "adj", "adv"))
+LEXICOGRAPHER_FILES = 45
+GET_WORDNET = "install Debian's wordnet-base, or run python -m nltk.downloader wordnet"
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
@@ -78,27 +91,18 @@ def answer_set(text: str) -> list[str]:
 
 
 def wordnet_similarity() -> Similarity:
-    """Wu-Palmer similarity of the nearest noun senses of two terms in WordNet.
+    """Wu-Palmer similarity (Wu and Palmer 1994) of the nearest noun senses of two terms in WordNet.
 
     The same term has 1, whether WordNet knows it or not; one that it does not know has 0 with any other.
 
     Raises:
-        LookupError: nltk or its WordNet is not installed; the message says what to do.
+        LookupError: nltk or WordNet is not installed; the message says what to do.
     """
-    try:
-        from nltk.corpus import wordnet
-    except ImportError:
-        raise LookupError(
-            "nltk is not installed; run pip install nltk, then python -m nltk.downloader wordnet"
-        ) from None
-    try:
-        wordnet.ensure_loaded()
-    except LookupError:
-        raise LookupError("nltk has no WordNet; run python -m nltk.downloader wordnet") from None
+    wordnet = open_wordnet()
 
     @functools.cache
     def senses(term: str) -> list:
-        return wordnet.synsets(term, pos=wordnet.NOUN)
+        return wordnet.synsets(term, pos="n")
 
     @functools.cache
     def similarity(one: str, other: str) -> float:
@@ -108,6 +112,50 @@ def wordnet_similarity() -> Similarity:
         return max((value for value in pairs if value is not None), default=0.0)
 
     return similarity
+
+
+def open_wordnet() -> WordNetCorpusReader:
+    """WordNet of nltk's data, else that of the system: the folder `WNSEARCHDIR` names, or Debian's.
+
+    Raises:
+        LookupError: nltk is not installed, or there is no WordNet at any of these places.
+    """
+    try:
+        from nltk.corpus import wordnet
+    except ImportError:
+        raise LookupError(f"nltk is not installed; run pip install nltk, and for its WordNet {GET_WORDNET}") from None
+    try:
+        wordnet.ensure_loaded()
+        return wordnet
+    except LookupError:
+        pass
+    folders = [*filter(None, [os.environ.get("WNSEARCHDIR")]), *SYSTEM_WORDNET]
+    for folder in folders:
+        if all((Path(folder) / name).is_file() for name in WORDNET_FILES):
+            return _read_wordnet(folder)
+    raise LookupError(f"there is no WordNet in nltk's data nor in {' or '.join(folders)}; {GET_WORDNET}")
+
+
+@functools.cache
+def _read_wordnet(folder: str) -> WordNetCorpusReader:
+    """Reads the database files that WordNet's own programs use, by nltk, which expects a little more than they."""
+    import nltk
+    from nltk.corpus.reader.wordnet import WordNetCorpusReader
+
+    class SystemWordNet(WordNetCorpusReader):
+        def open(self, file: str) -> IO[str]:
+            if file == "lexnames":  # names of the lexicographers' files; no package has the list, and nothing shows it
+                return io.StringIO("".join(f"{number}\tunnamed\t0\n" for number in range(LEXICOGRAPHER_FILES)))
+            return super().open(file)
+
+        def map_wn(self, version: str = "wordnet") -> None:
+            """A mapping to the WordNet of nltk's data, for other languages: there is none to map to."""
+
+    if folder not in nltk.data.path:  # nltk reads nowhere else
+        nltk.data.path.append(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there are no other languages
+        return SystemWordNet(folder, None)
 
 
 def answer_type(reference: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.qa_files import Gold, Question
-from eval.records import adapter_hash, kept_line, note, read_kept, sees
+from eval.records import keep, kept_answers, model_identity, note, sees
 from mmadapter.captions import named
 from mmadapter.options import load_session
 from mmadapter.prompts import Template, question_text, template
@@ -47,19 +47,17 @@ def ask_model(
     given = {"max_new_tokens": args.max_new_tokens, "temperature": 0.0, "beams": 1, "stop": ("\n",)}
     sampling = session.sampling("answer", given)
     model = {
-        **{name: getattr(args, name) for name in ("llama", "adapter", "vision", "prompt_length", "gate")},
-        "adapter_hash": None if session.about is None else adapter_hash(args.adapter),
+        **model_identity(args),
         "template": form,
         "shots": [[shot.text, shot.answers[0]] for shot in shots],
         "max_new_tokens": sampling.max_new_tokens,
         "data_hash": file_sha256(gold.path),
         "split": split,
     }
-    kept = [] if args.out is None else read_kept(args.out, model, ("id", "answer"), "answer", "--out")
-    answers = {answer["id"]: answer["answer"] for answer in kept}
+    ids = [question.id for question in questions]
+    kept = kept_answers(args.out, model, ("id", "answer"), "answer", "--out", ids)
+    answers = {key: line["answer"] for key, line in kept.items()}
     todo = [question for question in questions if question.id not in answers]
-    if len(todo) < len(questions):
-        note(f"{len(questions) - len(todo)} of {len(questions)} answers are in {args.out}; delete it to redo them")
     pictures = {}
     if sees(session):
         pictures = find_pictures(
@@ -71,10 +69,8 @@ def ask_model(
         session, template(form), shots, todo, pictures, sampling, args.batch_size or BATCH_SIZE
     ):
         answers |= batch
-        if args.out is not None:
-            with args.out.open("a", encoding="utf-8") as file:
-                file.writelines(kept_line({"id": key, "answer": text}, model) for key, text in batch.items())
-    return {question.id: answers[question.id] for question in questions}, model
+        keep(args.out, ({"id": key, "answer": text} for key, text in batch.items()), model)
+    return {key: answers[key] for key in ids}, model
 
 
 def draw_shots(train: Sequence[Question], scored: Sequence[Question], count: int, seed: int) -> list[Question]:

@@ -8,15 +8,16 @@ import random
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.records import note, prepare_outputs, provenance
+from eval.records import check_options, kept_model, note, prepare_outputs, result_record
 from eval.scienceqa_model import NORMALISATIONS, SCORES, ask_model, data_hash
-from mmadapter.captions import read_text
+from mmadapter.captions import named, read_text
 from mmadapter.options import Parser, add_model_options, main_with_errors
-from mmadapter.record import file_sha256, write_json
+from mmadapter.record import write_json
 from mmadapter.scienceqa import (
     ANSWER_FORMS,
     CLASSES,
@@ -37,9 +38,14 @@ Accuracy on ScienceQA in percent: of all questions (avg), by subject (NAT, SOC, 
 an image (IMG), with neither (NO), and by school grade (G1-6, G7-12), each with the number of its questions. --data
 holds problems.json, pid_splits.json and images/SPLIT/PID/FILE. Predictions are the data set's own results
 ({"results": {pid: index}}), {"outputs": {pid: text}}, a JSON list of texts in the order of the split, or JSON lines of
-pid and answer (a text or an index). An answer that names no choice is wrong, and counted as unparsed.
+pid and answer (a text or an index) or LLaVA's of question_id and text.
+
+A text names a choice as a whole ("B", "(B)", "B." or the option's text; b is B), else by the last "answer is ..." in
+it, else by what stands before "BECAUSE:", else by the letter that it begins with ("B. Louisiana"). One that names none
+is wrong, and it is counted and shown as unparsed.
 """
 TASK_VERSION = 1
+UNPARSED_SHOWN, UNPARSED_WIDTH = 3, 70  # answers, and characters of each
 MODEL_ONLY = ("out", "score", "format", "answer_form", "normalise", "shots", "batch_size")
 
 
@@ -48,14 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(arguments)
-    if (args.predictions is None) == (args.adapter is None):
-        parser.error("give either --predictions FILE or --adapter A (none is the base model)")
-    given = [name for name in MODEL_ONLY if getattr(args, name) is not None]
-    if args.predictions is not None and given:
-        parser.error(f"--{given[0].replace('_', '-')} is about a model that answers; it goes with --adapter")
-    for name in ("batch_size", "limit", "held_out"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    check_options(parser, args, model_only=MODEL_ONLY, from_one=("batch_size", "limit", "held_out"))
     if args.held_out is not None and args.split != "train":
         parser.error("--held-out is a part of the train questions; it goes with --split train")
     try:
@@ -113,17 +112,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace, command: str) -> int:
     """Collects the answers, scores them, prints the table and writes the record."""
+    started = time.monotonic()
     prepare_outputs(args.json, args.out)
     split = read_problems(args.data, args.split)
     problems = held_out(split, args.held_out, args.seed)[1] if args.held_out is not None else split
     problems = problems[: args.limit]
-    begin = time.monotonic()
     model = None
     if args.predictions is not None:
         answers = read_predictions(args.predictions, split)
+        model = kept_model(args.predictions)
     else:
         answers, model = ask_model(args, problems)
-    seconds = time.monotonic() - begin
+    unanswered = [problem.pid for problem in problems if problem.pid not in answers]
+    if unanswered:
+        raise ValueError(
+            f"{args.predictions}: {named(unanswered, 'pid')} without an answer, of {len(problems)} to score; every "
+            "question needs one"
+        )
     scores = accuracies(problems, {pid: answer["answer"] for pid, answer in answers.items()})
     passed_over = len(answers.keys() - {problem.pid for problem in problems})
     if passed_over:
@@ -132,34 +137,48 @@ def run(args: argparse.Namespace, command: str) -> int:
     scores |= {name: score for name, score in accuracies(problems, final).items() if name in CLASSES}
     part = f"{args.split}, held out with seed {args.seed}" if args.held_out is not None else args.split
     print_table(f"ScienceQA {part}", scores)
+    show_unparsed(problems, answers, args.on_unparsed)
     if args.json is not None:
-        record = {
-            **scores,
-            "task": "scienceqa",
-            "version": TASK_VERSION,
-            "split": args.split,
-            "held_out": args.held_out,
-            "limit": args.limit,
-            "on_unparsed": args.on_unparsed,
-            "seed": args.seed,
-            "adapter": args.adapter,
-            "base": None if args.adapter is None else args.llama,
-            "model": model,
-            **provenance(command, ("tokenizers", "timm")),
-            "data_hash": data_hash(args.data),
-            "predictions_hash": None if args.predictions is None else file_sha256(args.predictions),
-            "seconds": round(seconds, 1),
-            "predictions": [
+        record = result_record(
+            args,
+            command,
+            started,
+            task="scienceqa",
+            version=TASK_VERSION,
+            scores=scores,
+            settings={"split": args.split, "held_out": args.held_out, "on_unparsed": args.on_unparsed},
+            model=model,
+            data_hash=data_hash(args.data),
+            predictions=[
                 {**answers[problem.pid], "correct": final[problem.pid] == problem.answer} for problem in problems
             ],
-        }
+            packages=("tokenizers", "timm"),
+        )
         write_json(args.json, record)
     return 0
 
 
+def show_unparsed(problems: Sequence[Problem], answers: Mapping[str, Mapping[str, Any]], counted: str) -> None:
+    """Says on standard error how many answers name no choice, and what the first of them are."""
+    unparsed = [problem.pid for problem in problems if not names_choice(problem, answers[problem.pid]["answer"])]
+    if unparsed:
+        few = []
+        for pid in unparsed[:UNPARSED_SHOWN]:
+            text = str(answers[pid].get("text", answers[pid]["answer"]))
+            few.append(f"pid {pid}: {text if len(text) <= UNPARSED_WIDTH else f'{text[:UNPARSED_WIDTH]}...'!r}")
+        what = "is wrong" if counted == "wrong" else "counts as a choice drawn by --seed"
+        noun = "answer that names no choice" if len(unparsed) == 1 else "answers that name no choice"
+        more = "; ..." if len(unparsed) > UNPARSED_SHOWN else ""
+        note(f"{len(unparsed)} {noun}, each of which {what}: {'; '.join(few)}{more}")
+
+
+def names_choice(problem: Problem, answer: int | None) -> bool:
+    return answer is not None and 0 <= answer < len(problem.choices)
+
+
 def settle(problem: Problem, answer: int | None, args: argparse.Namespace) -> int | None:
     """The answer that is scored: one that names no choice may be drawn, the same in any order of questions."""
-    if args.on_unparsed == "wrong" or (answer is not None and 0 <= answer < len(problem.choices)):
+    if args.on_unparsed == "wrong" or names_choice(problem, answer):
         return answer
     return random.Random(f"{args.seed} {problem.pid}").randrange(len(problem.choices))
 
@@ -187,11 +206,11 @@ def read_predictions(path: Path, split: Sequence[Problem]) -> dict[str, dict[str
     """
     choices = {problem.pid: problem.choices for problem in split}
     answers: dict[str, dict[str, Any]] = {}
-    for place, pid, value in _predictions(path, split):
+    for place, pid, value, text in _predictions(path, split):
         if pid in answers:
             raise ValueError(f"{place}: pid {pid} has an answer already; give one for every question")
         if value is None or type(value) is int:
-            answers[pid] = {"pid": pid, "answer": value}
+            answers[pid] = {"pid": pid, "answer": value, **({} if text is None else {"text": text})}
         elif isinstance(value, str):
             answers[pid] = {"pid": pid, "answer": parse_answer(value, choices.get(pid, ())), "text": value}
         else:
@@ -199,23 +218,37 @@ def read_predictions(path: Path, split: Sequence[Problem]) -> dict[str, dict[str
     return answers
 
 
-def _predictions(path: Path, split: Sequence[Problem]) -> Iterator[tuple[str, str, object]]:
-    """Each answer of a file as it stands there: its place for errors, pid, value."""
+def _predictions(path: Path, split: Sequence[Problem]) -> Iterator[tuple[str, str, object, str | None]]:
+    """Each answer of a file as it stands there: its place for errors, pid, value, and the text that an index is of."""
     text = read_text(path)
+    twice: set[str] = set()
+
+    def noting_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        counts = Counter(key for key, _ in pairs)
+        twice.update(key for key, count in counts.items() if count > 1)
+        return dict(pairs)
+
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=noting_repeats)
     except ValueError:
         content = None
     if isinstance(content, list):
         if len(content) != len(split):
-            raise ValueError(f"{path} is a list of {len(content)} answers; the split has {len(split)} questions")
+            raise ValueError(
+                f"{path} is a list of {len(content)} answers; the split has {len(split)} questions, and each needs one"
+            )
         for number, (problem, value) in enumerate(zip(split, content, strict=True)):
-            yield f"{path}, item {number}", problem.pid, value
+            yield f"{path}, item {number}", problem.pid, value, None
         return
     for name in ("results", "outputs"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
+            repeated = sorted(twice & content[name].keys())
+            if repeated:
+                raise ValueError(f"{path}, {name}: {named(repeated, 'pid')} more than once; give one answer each")
+            outputs = content.get("outputs")
             for pid, value in content[name].items():
-                yield f"{path}, {name}, pid {pid}", pid, value
+                output = outputs.get(pid) if isinstance(outputs, dict) else None
+                yield f"{path}, {name}, pid {pid}", pid, value, output if isinstance(output, str) else None
             return
     lines = [(f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
@@ -223,12 +256,16 @@ def _predictions(path: Path, split: Sequence[Problem]) -> Iterator[tuple[str, st
     for place, line in lines:
         try:
             record = json.loads(line)
-            yield place, str(record["pid"]), record["answer"]
+            # LLaVA's lines have other names for the two.
+            names = ("pid", "answer") if "pid" in record else ("question_id", "text")
+            pid, value = (record[name] for name in names)
         except (ValueError, KeyError, TypeError):
             raise ValueError(
-                f'{place}: expected {{"pid": ..., "answer": ...}}; else a file may hold one JSON list of texts, '
-                '{"results": {pid: index}} or {"outputs": {pid: text}}'
+                f'{place}: got {line.strip()!r:.60}, expected {{"pid": ..., "answer": ...}}; else a file may hold one '
+                'JSON list of texts, {"results": {pid: index}}, {"outputs": {pid: text}} or lines of {"question_id": '
+                '..., "text": ...}'
             ) from None
+        yield place, str(pid), value, record["text"] if isinstance(record.get("text"), str) else None
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.records import adapter_hash, kept_line, note, read_kept, sees
+from eval.records import keep, kept_answers, model_identity, sees
 from mmadapter.options import load_session
 from mmadapter.prompts import template
 from mmadapter.record import file_sha256
@@ -62,10 +62,8 @@ def ask_model(
         for problem in problems:
             if problem.image is not None and not problem.image.is_file():
                 raise FileNotFoundError(f"there is no image {problem.image}, of pid {problem.pid}; complete the data")
-    names = ("llama", "adapter", "vision", "prompt_length", "gate")
     model = {
-        **{name: getattr(args, name) for name in names},
-        "adapter_hash": None if session.about is None else adapter_hash(args.adapter),
+        **model_identity(args),
         "format": str(task.form),
         "answer_form": task.answer_form,
         "score": task.score,
@@ -73,17 +71,13 @@ def ask_model(
         "shots": [shot.pid for shot in shots],
         "data_hash": data_hash(args.data),
     }
-    kept = [] if args.out is None else read_kept(args.out, model, ("pid", "answer"), "prediction", "--out")
-    answers = {answer["pid"]: answer for answer in kept}
+    pids = [problem.pid for problem in problems]
+    answers = kept_answers(args.out, model, ("pid", "answer"), "prediction", "--out", pids)
     todo = [problem for problem in problems if problem.pid not in answers]
-    if len(todo) < len(problems):
-        note(f"{len(problems) - len(todo)} of {len(problems)} answers are in {args.out}; delete it to redo them")
     for batch in answer_batches(session, task, todo, shots, args.batch_size or 16):
         answers |= {answer["pid"]: answer for answer in batch}
-        if args.out is not None:
-            with args.out.open("a", encoding="utf-8") as file:
-                file.writelines(kept_line(answer, model) for answer in batch)
-    return {problem.pid: answers[problem.pid] for problem in problems}, model
+        keep(args.out, batch, model)
+    return {pid: answers[pid] for pid in pids}, model
 
 
 def draw_shots(args: argparse.Namespace, problems: Sequence[Problem]) -> list[Problem]:

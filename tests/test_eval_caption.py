@@ -117,7 +117,13 @@ class FakeSession:
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def _model_is_known(monkeypatch):
+    """For a `FakeSession`, which has no weights to hash."""
+    monkeypatch.setattr(command, "model_identity", lambda args: {"llama": args.llama, "adapter": args.adapter})
+
+
+@pytest.fixture
+def pictures(tmp_path, _model_is_known):
     folder = tmp_path / "images"
     (folder / "val2014").mkdir(parents=True)
     for key in SENTENCES:
@@ -337,7 +343,7 @@ def test_scores_equal_pycocoevalcap_itself(tmp_path, monkeypatch, capfd):
     scores = json.loads(out.read_text())
     for metric in ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr"):
         assert scores[metric] == float(judge.eval[metric]) > 0, metric
-    assert [example["CIDEr"] for example in scores["examples"]] == [
+    assert [example["CIDEr"] for example in scores["predictions"]] == [
         float(judge.imgToEval[key]["CIDEr"]) for key in SENTENCES
     ]
     assert scores["tokenizer"] == "ptb"
@@ -433,7 +439,10 @@ def test_without_java_the_run_goes_on_and_says_what_is_missing(tmp_path, no_java
     assert scores["versions"]["java"] is None
     assert 0 < scores["Bleu_1"] < 1
     printed = capsys.readouterr()
-    assert "METEOR is left out: it needs Java" in printed.err
+    assert (
+        "METEOR is left out: it needs Java, and there is no working java on PATH; install a Java runtime, such as "
+        "Debian's default-jre-headless\nSPICE is left out: it needs Java"
+    ) in printed.err
     assert "1 captions of images that are not scored here are passed over" in printed.err
     assert "METEOR   left out" in printed.out
 
@@ -456,12 +465,13 @@ def test_json_record(tmp_path, no_java):
     assert scores["command"].startswith("python -m eval.caption --annotations ")
     assert scores["data_hash"] == command.file_sha256(annotations)
     assert scores["predictions_hash"] == command.file_sha256(predictions)
+    assert (scores["adapter"], scores["base_hash"]) == (None, None)
     assert scores["versions"]["pycocoevalcap"]
-    assert {"time", "git_commit"} <= set(scores)
-    first = scores["examples"][0]
+    assert {"time", "git_commit", "seconds", "seed"} <= set(scores)
+    first = scores["predictions"][0]
     assert (first["image"], first["caption"]) == ("val2014/1.jpg", CAPTIONS[1])
     assert "references" not in first, "the data set is not copied into results"
-    assert scores["CIDEr"] == pytest.approx(sum(example["CIDEr"] for example in scores["examples"]) / 2)
+    assert scores["CIDEr"] == pytest.approx(sum(example["CIDEr"] for example in scores["predictions"]) / 2)
     assert sorted(path.name for path in tmp_path.glob("*out*")) == ["out.json"]
 
 
@@ -517,7 +527,7 @@ def test_model_run(tmp_path, pictures, no_java, monkeypatch):
         }
     ]
     scores = json.loads(out.read_text())
-    assert scores["examples"][1]["caption"] == "a photo called 000000000002"
+    assert scores["predictions"][1]["caption"] == "a photo called 000000000002"
     assert scores["model"]["adapter"] == "none"
 
 
@@ -559,8 +569,8 @@ def test_what_is_done_before_an_interruption_is_kept(tmp_path, pictures, monkeyp
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"image": "a.jpg", "caption": "x"}\n', "line 1 is not a caption that this command kept"),
-        ("precious notes without an end of line", "last line is not a caption that this command kept"),
+        ('{"image": "a.jpg", "caption": "x"}\n', "line 1 is no caption that this command kept"),
+        ("precious notes without an end of line", "last line is no caption that this command kept"),
         ('{"image": "a", "caption": "x", "model": {"adapter": "b"}}\n', "captions of another model"),
     ],
 )
@@ -580,7 +590,19 @@ def test_shots_are_captions_of_train_photos(tmp_path, pictures, no_java, monkeyp
     assert command.main([*arguments, "--shots", "1", "--seed", "4"]) == 0
     assert session.examples[0][0] in SENTENCES[3]
     assert command.main([*arguments, "--shots", "2"]) == 1
-    assert "--shots takes captions of train photos" in capsys.readouterr().err
+    message = "--shots 2 takes captions of as many train photos that are not scored, and "
+    more = "of them; give annotations that have with --train\n"
+    assert f"error: {message}{arguments[1]} has 1 {more}" in capsys.readouterr().err
+    for path, split in ((arguments[1], ["--split", "train"]), (str(coco_file(tmp_path)), [])):
+        arguments[1] = path
+        assert command.main([*arguments, *split, "--shots", "1"]) == 1
+        assert f"{path} has 0 {more}" in capsys.readouterr().err
+    # COCO annotations have no splits: another file is for training, but for the photos that are scored.
+    arguments += ["--limit", "2", "--train", str(coco_file(tmp_path))]
+    assert command.main([*arguments, "--shots", "1"]) == 0
+    assert session.examples[-1][0] in SENTENCES[3]
+    assert command.main([*arguments, "--shots", "2"]) == 1
+    assert f"{arguments[-1]} has 1 {more}" in capsys.readouterr().err
 
 
 def test_a_missing_scorer_is_reported_before_the_model_is_loaded(tmp_path, pictures, monkeypatch, capsys):
@@ -607,8 +629,10 @@ def test_a_missing_picture_is_named_before_the_model_is_loaded(tmp_path, picture
         (["--predictions", "p", "--adapter", "a", "--images", "i"], "give either"),
         (["--adapter", "a"], "--adapter and --images go together"),
         (["--predictions", "p", "--images", "i"], "--adapter and --images go together"),
-        (["--predictions", "p", "--predictions-out", "o"], "--predictions-out keeps"),
-        (["--predictions", "p", "--limit", "0"], "must be at least 1"),
+        (["--predictions", "p", "--predictions-out", "o"], "--predictions-out is about a model that answers"),
+        (["--predictions", "p", "--shots", "0"], "--shots is about a model that answers; it goes with --adapter"),
+        (["--predictions", "p", "--limit", "0"], "--limit must be at least 1"),
+        (["--adapter", "a", "--images", "i", "--beams", "0"], "--beams must be at least 1"),
         (["--adapter", "a", "--images", "i", "--shots", "4"], "invalid choice: 4"),
     ],
 )

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from tiny_session import Tiny
 
 from eval import instruct as command
-from eval.instruct import bootstrap_interval, fenced, make_examples, measure, read_instructions, row_losses
+from eval.instruct import bootstrap_interval, make_examples, measure, row_losses
+from eval.instruct_answers import fenced, read_instructions
 from mmadapter.checkpoint import FILE_NAME, Fingerprint, read_about
 from mmadapter.data import IGNORE_INDEX, collate
 from mmadapter.model import AdaptedLlama
@@ -254,13 +255,68 @@ def test_an_adapter_that_tells_of_no_run(tiny, data, tmp_path):
     assert record["kept_aside_in_training"] is False
 
 
+def test_examples_before_each_row(tiny, data, tmp_path, capsys):
+    """The base reads rows that are not scored before each one; what is scored stays the same tokens."""
+    out = tmp_path / "scores.json"
+    given = ["--data", data, "--held-out", 3, "--seed", 1, "--json", out]
+    assert command.main(arguments(tiny, "none", *given)) == 0
+    plain = json.loads(out.read_text())
+    assert plain["loss"] == plain["base_loss"]
+    assert plain["kept_aside_in_training"] is None
+    shown = capsys.readouterr()
+    assert "may have learnt" not in shown.err
+    assert [line.split()[0] for line in shown.out.splitlines()[2:]] == ["base"]
+
+    assert command.main(arguments(tiny, "none", *given, "--shots", 2)) == 0
+    record = json.loads(out.read_text())
+    printed = capsys.readouterr().out
+    assert f"base, 2 shots{record['loss']:9.4f}" in printed
+    assert "\ndifference   " in printed
+    assert (record["tokens"], record["base_loss"]) == (plain["tokens"], pytest.approx(plain["base_loss"]))
+    assert record["loss"] != pytest.approx(record["base_loss"], abs=1e-4)
+    rows = {row.where: row for row in read_rows(data, None, "alpaca")[0]}
+    shots = [rows[where] for where in record["model"]["shots"]]
+    assert len(shots) == 2
+    assert not {row.where for row in shots} & {line["where"] for line in record["predictions"]}
+    assert all(row.image is None for row in shots)
+
+    # The first scored row by itself, its examples written out.
+    session, line = tiny.load(), record["predictions"][0]
+    row, tokenizer = rows[line["where"]], session.tokenizer
+    before = tokenizer.encode("".join(f"{shot.prompt}{shot.response}\n\n" for shot in shots), bos=False)
+    prompt = tokenizer.encode(row.prompt)
+    begin = 1 if prompt[0] == tokenizer.bos_id else 0
+    ending = [*tokenizer.encode(row.response, bos=False), tokenizer.eos_id]
+    tokens = [*prompt[:begin], *before, *prompt[begin:], *ending]
+    logits = session.logits(torch.tensor([tokens]))[0].log_softmax(-1)
+    place = torch.arange(len(tokens) - len(ending) - 1, len(tokens) - 1)
+    assert line["loss"] == pytest.approx(-float(logits[place, torch.tensor(ending)].mean()), abs=1e-4)
+    assert line["tokens"] == len(ending)
+
+
+def test_examples_that_cannot_be_had(tiny, data, tmp_path, capsys):
+    assert command.main(arguments(tiny, "none", "--data", data, "--shots", 1)) == 1
+    assert (
+        "--shots 1 needs as many rows without pictures that are not kept aside, and there are 0"
+        in capsys.readouterr().err
+    )
+    rows = [{"instruction": "Say it.", "output": "dog " * 300}] * 3
+    long = tmp_path / "long.json"
+    long.write_text(json.dumps(rows))
+    assert command.main(arguments(tiny, "none", "--data", long, "--held-out", 1, "--shots", 2)) == 1
+    message = capsys.readouterr().err
+    assert "error: long.json, row" in message
+    assert "the model's context holds 400; take fewer --shots, another --seed or another --llama\n" in message
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         (["--adapter", "a"], "give either --data FILE or --instructions FILE"),
         (["--adapter", "a", "--data", "d", "--instructions", "i"], "give either --data FILE or --instructions FILE"),
         (["--data", "d"], "give --adapter A: it is compared with its base"),
-        (["--data", "d", "--adapter", "none"], "give --adapter A"),
+        (["--instructions", "i", "--adapter", "none", "--out", "o.md"], "give --adapter A"),
+        (["--instructions", "i", "--adapter", "a", "--out", "o.md", "--shots", "1"], "--shots goes with --data"),
         (["--data", "d", "--adapter", "a", "--out", "o.md"], "--out goes with --instructions"),
         (["--instructions", "i", "--adapter", "a", "--out", "o.md", "--held-out", "3"], "--held-out goes with --data"),
         (["--instructions", "i", "--adapter", "a"], "--instructions needs --out FILE.md"),

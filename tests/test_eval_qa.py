@@ -14,7 +14,7 @@ import tiny_session
 from tiny_session import Tiny
 
 from eval import qa as command
-from eval import qa_model
+from eval import qa_metrics, qa_model
 from eval.qa_files import Question, of_split, read_answers, read_gold
 from eval.qa_metrics import answer_set, answer_type, exact_match, f1, normalise, wordnet_similarity, wups
 from mmadapter.checkpoint import Fingerprint
@@ -220,6 +220,22 @@ def wordnet(monkeypatch):
     return install
 
 
+@pytest.fixture(autouse=True)
+def _no_system_wordnet(monkeypatch):
+    """What the machine has installed changes no test; `system_wordnet` is opened before."""
+    monkeypatch.setattr(qa_metrics, "SYSTEM_WORDNET", ())
+    monkeypatch.delenv("WNSEARCHDIR", raising=False)
+
+
+@pytest.fixture(scope="module")
+def system_wordnet():
+    """The similarity by WordNet itself."""
+    try:
+        return wordnet_similarity()
+    except LookupError as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture
 def no_nltk(monkeypatch):
     monkeypatch.setitem(sys.modules, "nltk", None)
@@ -237,12 +253,55 @@ def test_wordnet_gives_the_nearest_senses(wordnet):
     assert measure("vessel", "vessel") == 1.0
 
 
-def test_what_wups_lacks_is_said(wordnet, no_nltk):
-    with pytest.raises(LookupError, match="nltk is not installed; run pip install nltk, then python"):
+def test_what_wups_lacks_is_said(wordnet, no_nltk, tmp_path, monkeypatch):
+    monkeypatch.setattr(qa_metrics, "SYSTEM_WORDNET", ("/nowhere",))
+    monkeypatch.setenv("WNSEARCHDIR", str(tmp_path))
+    get = r"install Debian's wordnet-base, or run python -m nltk\.downloader wordnet$"
+    with pytest.raises(LookupError, match=f"^nltk is not installed; run pip install nltk, and for its WordNet {get}"):
         wordnet_similarity()
     wordnet(missing=True)
-    with pytest.raises(LookupError, match=r"^nltk has no WordNet; run python -m nltk\.downloader wordnet$"):
+    with pytest.raises(LookupError, match=f"^there is no WordNet in nltk's data nor in {tmp_path} or /nowhere; {get}"):
         wordnet_similarity()
+
+
+# Nodes from the root, counted by hand in WordNet 3: carnivore 12, dog and cat 14; seat 9, chair and stool 10; blind 8
+# and curtain, a kind of it, 9; table 9 and desk, a kind of it, 10.
+@pytest.mark.parametrize(
+    ("one", "other", "similarity"),
+    [
+        ("dog", "cat", 2 * 12 / (14 + 14)),
+        ("chair", "stool", 2 * 9 / (10 + 10)),
+        ("blinds", "curtain", 2 * 8 / (8 + 9)),
+        ("desk", "table", 2 * 9 / (10 + 9)),
+        ("lamps", "lamp", 1.0),
+        ("xyzzy", "cup", 0.0),
+    ],
+)
+def test_words_whose_similarity_is_known(system_wordnet, one, other, similarity):
+    assert system_wordnet(one, other) == system_wordnet(other, one) == pytest.approx(similarity, abs=1e-12)
+
+
+def test_wups_by_wordnet(system_wordnet):
+    """A chair and a stool are just near enough at 0.9, a dog and a cat (0.857) are not."""
+    both = [wups("stool, desk", ["table, chair"], system_wordnet, threshold) for threshold in (0.9, 0.0)]
+    assert both == [pytest.approx(0.9 * 18 / 19)] * 2
+    assert wups("cat", ["dog"], system_wordnet, 0.9) == pytest.approx(0.1 * 24 / 28)
+    assert wups("cat", ["dog"], system_wordnet, 0.0) == pytest.approx(24 / 28)
+
+
+@pytest.mark.skipif(not Path("/usr/share/wordnet/data.noun").is_file(), reason="no Debian package wordnet-base")
+def test_wordnet_of_the_system_where_nltk_has_none(system_wordnet, wordnet, monkeypatch):
+    fake = wordnet(missing=True)
+    monkeypatch.undo()  # nltk itself is the real one
+    monkeypatch.setattr(nltk_corpus(), "wordnet", fake)
+    monkeypatch.setenv("WNSEARCHDIR", "/usr/share/wordnet")
+    assert wordnet_similarity()("dog", "cat") == pytest.approx(24 / 28)
+
+
+def nltk_corpus() -> types.ModuleType:
+    import nltk.corpus
+
+    return nltk.corpus
 
 
 # Gold files
@@ -301,6 +360,23 @@ def test_rows_without_a_split_are_in_every_one(tmp_path):
     assert [question.text for question in of_split(gold, "test")[0]] == ["a"]
 
 
+def test_the_columns_of_archival_qa(tmp_path):
+    """Its rows say more than is read: `org_answer` is the answer as the article had it, before dates were resolved."""
+    text = (
+        "id,question,answer,org_answer,answer_start,para_id,trans_que,trans_ans,source\n"
+        'train_4,When did Tenneco announce a sale?,"May 26, 1988",today,103,148748_0,0,1,rand\n'
+        "test_84,What tournament did Haarhuis win in 1998?,Wimbledon,Wimbledon,527,1043631_15,1,0,rand\n"
+    )
+    gold = read_gold(written(tmp_path / "ArchivalQA_test.csv", text))
+    assert of_split(gold, None) == (
+        [
+            Question("train_4", "When did Tenneco announce a sale?", ("May 26, 1988",)),
+            Question("test_84", "What tournament did Haarhuis win in 1998?", ("Wimbledon",)),
+        ],
+        None,
+    )
+
+
 def test_csv(tmp_path):
     text = '\ufeffid,Question, ANSWER ,paragraph\n\n5,"Who, when?","The ""Times"", 1987",x\n6,"Two\nlines?",1987,\n'
     gold = read_gold(written(tmp_path / "archival.csv", text))
@@ -317,7 +393,11 @@ def test_csv(tmp_path):
         ("", "is empty; expected SQuAD JSON, or rows of question and answer"),
         ("[]", "holds no questions; expected"),
         ("question,answer\n", "holds no questions"),
-        ("query,reply\na,b\n", "has the columns query, reply; expected"),
+        ("query,reply\na,b\n", "has the columns 'query, reply'; expected"),
+        (
+            "question\tanswer\na\tb\n",
+            r"has the columns 'question\\tanswer'; expected .* CSV with a header and commas",
+        ),
         ('question,answer\na,"b"c\n', "line 2: not CSV: "),
         ("question,answer\na,b,c\n", "line 2: more fields than columns; quote texts with commas"),
         ("question,answer\na,\nb,c\n", r"1 bad row \(line 2: answer is empty\); expected"),
@@ -415,8 +495,8 @@ def test_answers_to_other_questions_are_passed_over(tmp_path, capsys):
         ('{"q1": "a", "q2": "b", "q1": "c", "q3": "d"}', r"1 id \(q1\) with more than one answer; keep one each"),
         (lines([{"id": "q1", "answer": "a"}, {"index": 0, "answer": "b"}]), r"1 id \(q1\) with more than one answer"),
         (lines([{"index": n, "answer": "a"} for n in (-1, 3, 0)]), r"2 ids \(index -1, index 3\) not in"),
-        (["a", "b"], "is a list of 2 answers; there are 3 questions"),
-        ([], "is a list of 0 answers; there are 3 questions"),
+        (["a", "b"], "is a list of 2 answers; each of the 3 questions needs one"),
+        ([], "is a list of 0 answers; each of the 3 questions needs one"),
         (["a", "b", 3], "item 2: an answer must be text, got 3; expected {id: text}, JSON lines of id"),
         ({"q1": None}, "id q1: an answer must be text, got None"),
         ([{"id": "q1", "answer": "a"}, {"id": "q2"}], r"item 1: got {'id': 'q2'}; expected"),

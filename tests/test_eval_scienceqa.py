@@ -16,6 +16,7 @@ import torch
 from eval import scienceqa as command
 from mmadapter.checkpoint import FILE_NAME, Fingerprint, read_about
 from mmadapter.generate import Generated
+from mmadapter.record import file_sha256
 from mmadapter.sampling import Sampling
 from mmadapter.scienceqa import CLASSES, held_out, parse_format, prompt_text, read_problems
 from mmadapter.session import Session
@@ -127,8 +128,10 @@ LETTERS = {pid: f"The answer is {'ABC'[index]}." for pid, index in RIGHT.items()
         "".join(json.dumps({"pid": pid, "answer": index}) + "\n" for pid, index in RIGHT.items()),
         "\r\n\r\n".join(json.dumps({"pid": int(pid), "answer": text}) for pid, text in LETTERS.items()),
         "\ufeff" + json.dumps({"results": {**RIGHT, "99": 0}}),
+        "".join(json.dumps({"question_id": p, "prompt": "?", "text": t}) + "\n" for p, t in LETTERS.items()),
+        {"acc": 9.0, "correct": 1, "count": 4, "results": RIGHT, "outputs": dict.fromkeys(RIGHT, "FAILED")},
     ],
-    ids=["official", "outputs", "list", "lines of indices", "lines of texts", "byte order mark"],
+    ids=["official", "outputs", "list", "lines of indices", "lines of texts", "byte order mark", "LLaVA", "its result"],
 )
 def test_each_format_of_predictions(data, tmp_path, content, capsys):
     out = tmp_path / "deep" / "er" / "scores.json"
@@ -164,10 +167,8 @@ def test_the_record(data, tmp_path):
     wanted = {"task": "scienceqa", "version": 1, "split": "test", "adapter": None, "base": None, "seed": 0}
     assert {key: scores[key] for key in wanted} == wanted
     assert scores["command"] == f"python -m eval.scienceqa --data {data} --predictions {path} --json {out}"
-    assert scores["data_hash"] == {
-        name: command.file_sha256(data / name) for name in ("problems.json", "pid_splits.json")
-    }
-    assert scores["predictions_hash"] == command.file_sha256(path)
+    assert scores["data_hash"] == {name: file_sha256(data / name) for name in ("problems.json", "pid_splits.json")}
+    assert scores["predictions_hash"] == file_sha256(path)
     assert scores["versions"]["torch"] == metadata.version("torch")
     assert {"git_commit", "time", "seconds"} <= set(scores)
     assert scores["predictions"] == [
@@ -198,19 +199,44 @@ def test_unparsed_answers_are_wrong_or_drawn(data, tmp_path):
     assert json.loads(out.read_text())["avg"] == 0
 
 
+def test_unparsed_answers_are_shown(data, tmp_path, capsys):
+    """By their text, also where the file has an index for it, as LLaVA's results do."""
+    outputs = {"4": "FAILED", "3": "I do not know. " * 20, "1": "grass or a dog", "2": "yes"}
+    path = predictions_file(tmp_path, {"outputs": outputs})
+    arguments = ["--data", str(data), "--predictions", str(path)]
+    assert command.main(arguments) == 0
+    assert capsys.readouterr().err == (
+        "3 answers that name no choice, each of which is wrong: pid 4: 'FAILED'; pid 3: 'I do not know. I do not know. "
+        "I do not know. I do not know. I do not k...'; pid 1: 'grass or a dog'\n"
+    )
+    path = predictions_file(tmp_path, {"results": {**RIGHT, "2": -1}, "outputs": outputs})
+    out = tmp_path / "scores.json"
+    assert command.main([*arguments, "--on-unparsed", "random", "--json", str(out)]) == 0
+    assert capsys.readouterr().err == (
+        "1 answer that names no choice, each of which counts as a choice drawn by --seed: pid 2: 'yes'\n"
+    )
+    line = json.loads(out.read_text())["predictions"][-1]
+    assert (line["pid"], line["answer"], line["text"]) == ("2", -1, "yes")
+    path = predictions_file(tmp_path, {"results": dict.fromkeys(RIGHT)})
+    assert command.main(arguments) == 0
+    assert capsys.readouterr().err.endswith("pid 4: 'None'; pid 3: 'None'; pid 1: 'None'; ...\n")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"results": {"1": 0}}, "3 of 4 questions have no prediction, such as pid 4, 3, 2"),
-        (["A"], "is a list of 1 answers; the split has 4 questions"),
+        ({"results": {"1": 0}}, "predictions.json: 3 pids (4, 3, 2) without an answer, of 4 to score; every question"),
+        (["A"], "is a list of 1 answers; the split has 4 questions, and each needs one"),
+        ('{"results": {"4": 0, "3": 1, "4": 1, "5": 0, "5": 0}}', "results: 2 pids (4, 5) more than once; give one"),
+        ('{"question_id": "4", "answer": "B"}', ', expected {"pid": ..., "answer": ...}'),
         ([{"pid": "4"}] * 4, "item 0: an answer must be a text or the index of a choice, got {'pid': '4'}"),
         ({"results": {**RIGHT, "2": True}}, "results, pid 2: an answer must be a text or the index of a choice"),
         ({"results": {**RIGHT, "2": 0.5}}, "results, pid 2: an answer must be"),
-        ({"acc": 3}, 'line 1: expected {"pid": ..., "answer": ...}; else a file may hold one JSON list of texts'),
-        ('{"pid": "1", "answer": 0}\n{"pid": "2", "ans', "line 2: expected"),
+        ({"acc": 3}, '{"acc": 3}\', expected {"pid": ..., "answer": ...}; else a file may hold one JSON list of texts'),
+        ('{"pid": "1", "answer": 0}\n{"pid": "2", "ans', "line 2: got"),
         ('{"pid": "1", "answer": 0}\n{"pid": 1, "answer": 0}', "line 2: pid 1 has an answer already"),
         ("\n", "is empty; every question needs an answer"),
-        ("7", "line 1: expected"),
+        ("7", "line 1: got '7', expected"),
     ],
 )
 def test_bad_predictions(data, tmp_path, content, message, capsys):
@@ -384,7 +410,7 @@ def test_a_stopped_run_goes_on(data, tmp_path, torn, monkeypatch, capsys):
     resumed.write_bytes(b"".join(lines[:2]) + torn)
     capsys.readouterr()
     found = ask(data, tmp_path / "resumed.json", "scores", "--out", str(resumed), "--batch-size", "1")
-    assert f"2 of 4 answers are in {resumed}" in capsys.readouterr().err
+    assert f"2 of 4 predictions are in {resumed}" in capsys.readouterr().err
     assert resumed.read_bytes() == whole.read_bytes()
     assert found["predictions"] == expected["predictions"]
     monkeypatch.setattr(Session, "prompts", lambda *_: pytest.fail("asked again"))
@@ -446,7 +472,7 @@ def test_other_files_are_not_harmed(data, tmp_path, capsys):
     out = tmp_path / "notes.txt"
     out.write_text("precious notes without an end of line")
     assert command.main(model_arguments(data, "none", "--out", str(out))) == 1
-    assert "last line is not a prediction that this command kept; name another --out" in capsys.readouterr().err
+    assert "last line is no prediction that this command kept; name another --out" in capsys.readouterr().err
     assert out.read_text() == "precious notes without an end of line"
 
 

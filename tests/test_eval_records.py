@@ -1,0 +1,175 @@
+"""What every result file says of a run, by each evaluation alike, and the answers that a stopped run goes on from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import tiny_session
+from tiny_session import Tiny
+
+from eval import caption, instruct, qa, records, scienceqa
+from mmadapter.checkpoint import FILE_NAME, Fingerprint
+from mmadapter.record import file_sha256
+from mmadapter.tokenizer import open_tokenizer
+
+# Beside its own scores and settings, every result file has these.
+FIELDS = (
+    *("task", "version", "limit", "seed", "shots", "adapter", "adapter_hash", "base", "base_hash", "base_fingerprint"),
+    *("model", "command", "git_commit", "versions", "time", "data_hash", "predictions_hash", "seconds", "predictions"),
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Tiny:
+    return tiny_session.build(tmp_path_factory.mktemp("tiny"))
+
+
+def model_options(tiny: Tiny, adapter: object) -> list[str]:
+    return ["--llama", str(tiny.llama), "--dtype", "float32", "--adapter", str(adapter)]
+
+
+def written(path: Path, content: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def caption_run(tiny: Tiny, folder: Path) -> tuple[object, list[str]]:
+    images = [
+        {"imgid": n, "filename": f"{n}.png", "split": "train" if n else "test", "sentences": [{"raw": f"dog {n}"}]}
+        for n in range(3)
+    ]
+    annotations = written(folder / "dataset_tiny.json", {"images": images})
+    return caption, ["--annotations", str(annotations), "--images", str(tiny.pictures)]
+
+
+def qa_run(tiny: Tiny, folder: Path) -> tuple[object, list[str]]:
+    rows = [{"question": f"Q {n}?", "answer": "dog", "split": "train" if n else "test"} for n in range(3)]
+    return qa, ["--gold", str(written(folder / "rows.json", rows)), "--max-new-tokens", "2"]
+
+
+def scienceqa_run(tiny: Tiny, folder: Path) -> tuple[object, list[str]]:
+    problems = {
+        str(n): {"question": f"Q {n}?", "choices": ["a", "b"], "answer": 0, "split": "train" if n else "test"}
+        for n in range(3)
+    }
+    written(folder / "problems.json", problems)
+    written(folder / "pid_splits.json", {"test": ["0"], "train": ["1", "2"]})
+    return scienceqa, ["--data", str(folder), "--score", "likelihood"]
+
+
+def instruct_run(tiny: Tiny, folder: Path) -> tuple[object, list[str]]:
+    rows = [{"instruction": f"Say {n}.", "output": "dog"} for n in range(5)]
+    return instruct, ["--data", str(written(folder / "rows.json", rows)), "--held-out", "2"]
+
+
+@pytest.mark.parametrize("run", [caption_run, qa_run, scienceqa_run, instruct_run])
+def test_every_result_file_has_the_same_fields(run, tiny, tmp_path, monkeypatch):
+    """And `--adapter none --shots 1 --seed 3` asks the base of every task with an example."""
+    monkeypatch.setattr("eval.caption_metrics.java_version", lambda: None)
+    command, options = run(tiny, tmp_path / "data")
+    out = tmp_path / "scores.json"
+    base = {"base": str(tiny.llama), "base_hash": records.base_identity(str(tiny.llama))["base_hash"]}
+    for adapter, shots in ((tiny.reads if command is not caption else tiny.sees, 0), ("none", 1)):
+        given = ["--shots", str(shots), "--seed", "3", "--json", str(out)]
+        assert command.main([*options, *model_options(tiny, adapter), *given]) == 0
+        record = json.loads(out.read_text())
+        assert [name for name in FIELDS if name not in record] == []
+        assert (record["adapter"], record["shots"], record["seed"]) == (str(adapter), shots, 3)
+        assert record["adapter_hash"] == (None if adapter == "none" else file_sha256(adapter / FILE_NAME))
+        assert {name: record[name] for name in base} == base
+        assert record["base_fingerprint"]["layers"] == 3
+        assert record["model"]["dtype"] == "float32"
+        assert len(record["model"]["shots"]) == shots
+        assert record["command"].endswith(f"--shots {shots} --seed 3 --json {out}")
+        assert record["versions"]["torch"]
+        assert record["seconds"] > 0
+        assert all(isinstance(one, dict) for one in record["predictions"])
+        assert len(record["predictions"]) == (2 if command is instruct else 1)
+
+
+def test_a_base_is_known_by_its_weights(tiny, tmp_path):
+    """The same shapes with other weights are another base; where it lies does not matter."""
+    tokens = open_tokenizer(tiny.llama)
+    config = tiny_session.llama_config(tokens.vocab_size)
+    first = records.base_identity(str(tiny.llama))
+    assert first["base_fingerprint"] == vars(Fingerprint.of(config, tokens.tokens()))
+    copy = shutil.copytree(tiny.llama, tmp_path / "copy")
+    assert records.base_identity(str(copy)) == first
+    assert records.base_identity(str(tiny.bare))["base_fingerprint"]["vocabulary"] is None
+    [weights] = copy.glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    changed = records.base_identity(str(copy))
+    assert changed["base_fingerprint"] == first["base_fingerprint"]
+    assert changed["base_hash"] != first["base_hash"]
+
+
+def test_a_folder_without_an_adapter(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no adapter: none of adapter\.safetensors, .* is in it"):
+        records.adapter_hash(str(tmp_path))
+
+
+def test_a_model_of_kept_answers_is_told_by_what_differs(tmp_path):
+    path = tmp_path / "kept.jsonl"
+    model = {"llama": "a", "dtype": "float32", "shots": []}
+    records.keep(path, [{"id": "1", "answer": "x"}], model)
+    assert records.read_kept(path, model, ("id", "answer"), "answer", "--out") == [{"id": "1", "answer": "x"}]
+    with pytest.raises(ValueError, match="of another model") as caught:
+        records.read_kept(path, {**model, "dtype": "bfloat16", "beams": 2}, ("id", "answer"), "answer", "--out")
+    assert str(caught.value) == (
+        f'{path} holds answers of another model (dtype "float32" there, "bfloat16" now; beams null there, 2 now); '
+        "delete it or name another --out"
+    )
+    path.write_text('{"id": "1", "answer": "x", "model": 3}\n')
+    with pytest.raises(ValueError, match="line 1 is no answer that this command kept"):
+        records.read_kept(path, model, ("id", "answer"), "answer", "--out")
+
+
+def test_the_model_whose_answers_a_file_holds(tmp_path):
+    path = tmp_path / "kept.jsonl"
+    records.keep(path, [{"id": "1"}, {"id": "2"}], {"llama": "a"})
+    assert records.kept_model(path) == {"llama": "a"}
+    records.keep(path, [{"id": "3"}], {"llama": "b"})
+    assert records.kept_model(path) is None, "two models"
+    for text in ('{"id": "1"}\n', "[1, 2]", '{\n "results": {}\n}', "", "3\n"):
+        path.write_text(text)
+        assert records.kept_model(path) is None, text
+
+
+def test_a_scored_file_of_kept_answers_names_their_model(tiny, tmp_path):
+    command, options = qa_run(tiny, tmp_path)
+    kept, first, second = tmp_path / "kept.jsonl", tmp_path / "first.json", tmp_path / "second.json"
+    assert command.main([*options, *model_options(tiny, tiny.reads), "--out", str(kept), "--json", str(first)]) == 0
+    assert command.main([*options[:2], "--predictions", str(kept), "--json", str(second)]) == 0
+    asked, scored = (json.loads(path.read_text()) for path in (first, second))
+    for name in ("adapter", "adapter_hash", "base", "base_hash", "model", "predictions", "exact_match"):
+        assert scored[name] == asked[name], name
+    assert (asked["predictions_hash"], scored["predictions_hash"]) == (None, file_sha256(kept))
+
+
+def test_a_record_of_a_command_without_a_model(tmp_path):
+    args = Namespace(seed=4, predictions=written(tmp_path / "p.json", []), limit=2)
+    record = records.result_record(
+        args,
+        "python -m eval.x",
+        0.0,
+        task="x",
+        version=7,
+        scores={"f1": 3.0},
+        settings={"split": "dev", "limit": None},
+        model=None,
+        data_hash="d",
+        predictions=[],
+        packages=("pytest",),
+        java="17",
+    )
+    assert list(record)[:3] == ["f1", "task", "version"]
+    assert [name for name in FIELDS if name not in record] == []
+    assert (record["split"], record["limit"], record["shots"], record["adapter"]) == ("dev", None, 0, None)
+    assert record["versions"].keys() >= {"python", "torch", "pytest", "java"}
