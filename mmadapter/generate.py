@@ -93,7 +93,7 @@ def generate(
         return [_beam_result(tokenizer, tokens, ended, sampling, cancelled) for tokens, ended in found]
     results: list[Generated | None] = [None] * len(rows)
     tokens: list[list[int]] = [[] for _ in rows]
-    texts = [_Text(tokenizer, sampling.stop) for _ in rows]
+    texts = [AnswerText(tokenizer, sampling.stop) for _ in rows]
     for row, token, finish in _decode(llama, tokenizer, rows, sampling, prompts, cancelled, texts):
         if token is not None:
             tokens[row].append(token)
@@ -130,7 +130,7 @@ def _pieces(
     prompts: Prompts | None,
     cancelled: Event | None,
 ) -> Iterator[str]:
-    text = _Text(tokenizer, sampling.stop)
+    text = AnswerText(tokenizer, sampling.stop)
     sent = 0
     for _, _, finish in _decode(llama, tokenizer, [row], sampling, prompts, cancelled, [text]):
         whole = text.finish() if finish is not None else text.text
@@ -139,7 +139,7 @@ def _pieces(
             sent = len(whole)
 
 
-class _Text:
+class AnswerText:
     """The text of one row, from its tokens; white space before its first word is dropped.
 
     Models put a line break before an answer, which as a stop text would end it before it has begun.
@@ -170,7 +170,7 @@ def _decode(
     sampling: Sampling,
     prompts: Prompts | None,
     cancelled: Event | None,
-    texts: Sequence[_Text],
+    texts: Sequence[AnswerText],
 ) -> Iterator[tuple[int, int | None, str | None]]:
     """Events of a batch: (row, new token or None, how the row ended or None)."""
     sampler = Sampler(llama, rows, sampling, prompts)
@@ -200,7 +200,7 @@ def _decode(
 def _beam_result(
     tokenizer: Tokenizer, tokens: list[int], ended: bool, sampling: Sampling, cancelled: Event | None
 ) -> Generated:
-    text = _Text(tokenizer, sampling.stop)
+    text = AnswerText(tokenizer, sampling.stop)
     stopped = any(text.push(token) for token in tokens)
     finish = "cancelled" if cancelled is not None and cancelled.is_set() else "length"
     return Generated(text.finish(), tokens, "stop" if stopped or ended else finish)

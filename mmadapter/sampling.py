@@ -171,18 +171,28 @@ class Sampler:
 
     def _choose(self, logits: Tensor) -> Tensor:
         """[B, V] -> token ids [B]."""
-        sampling = self.sampling
-        logits = penalised(logits, [self.seen[row] for row in self.active], sampling.repetition_penalty)
-        if sampling.temperature == 0:
-            return logits.argmax(-1)
-        # The largest is 0 before it is divided, so that no temperature, however low, makes it infinite.
-        scaled = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, MIN_TEMPERATURE)
-        probabilities = _nucleus(scaled, sampling.top_k, sampling.top_p)
-        draws = [
-            torch.multinomial(probabilities[index], 1, generator=self.generators[row])
-            for index, row in enumerate(self.active)
-        ]
-        return torch.cat(draws)
+        seen, generators = zip(*((self.seen[row], self.generators[row]) for row in self.active), strict=True)
+        return choose(logits, self.sampling, seen, generators)
+
+
+def choose(
+    logits: Tensor, sampling: Sampling, seen: Sequence[list[int]], generators: Sequence[torch.Generator]
+) -> Tensor:
+    """The next token of each row, [B].
+
+    Args:
+        logits: [B, V].
+        seen: Tokens that each row has had, for the repetition penalty.
+        generators: Of each row's draws.
+    """
+    logits = penalised(logits, seen, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    # The largest is 0 before it is divided, so that no temperature, however low, makes it infinite.
+    scaled = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, MIN_TEMPERATURE)
+    probabilities = _nucleus(scaled, sampling.top_k, sampling.top_p)
+    draws = [torch.multinomial(row, 1, generator=own) for row, own in zip(probabilities, generators, strict=True)]
+    return torch.cat(draws)
 
 
 def penalised(logits: Tensor, seen: Sequence[list[int]], penalty: float) -> Tensor:

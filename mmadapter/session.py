@@ -1,37 +1,40 @@
 """One loaded model for every use: logits, captions, answers, chat.
 
 A `Session` holds the base, the tokenizer, the adapter in use and its image encoder. Switching adapters leaves the base
-where it is. Image features are kept for the last images, so that many questions about one image encode it once.
+where it is, and sessions with other adapters can share it (`with_adapter`). Image features are kept for the last
+images, so that many questions about one image encode it once. What is asked in which words stands in `wording`.
 
 Shapes: B batch, T tokens, C width, V vocabulary, F width of the image features.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import hashlib
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Event
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from mmadapter import generate as decoding
+from mmadapter import wording
 from mmadapter.adapter import Adapter, Prompts
 from mmadapter.checkpoint import AdapterFile, Fingerprint, find_adapter, load_adapter
-from mmadapter.choices import choice_texts, log_likelihoods
+from mmadapter.choices import log_likelihoods
 from mmadapter.config import VisionConfig
+from mmadapter.features import KeptFeatures
 from mmadapter.generate import Generated
-from mmadapter.image import ImageSource, load_image, to_square
+from mmadapter.image import ImageSource
 from mmadapter.llama import Llama
-from mmadapter.prompts import CAPTION_INSTRUCTION, question_text, template
 from mmadapter.sampling import Sampling
 from mmadapter.tokenizer import Tokenizer
 from mmadapter.vision import ImageEncoder, load_encoder
 from mmadapter.weights import load_state_dict, open_weights
+from mmadapter.wording import Prepared
 
 KEPT_IMAGES = 64  # images whose features a session keeps
 
@@ -121,7 +124,8 @@ class Session:
         self._adapter: Adapter | None = None
         self._encoder: ImageEncoder | None = None
         self._vision, self._prompt_length, self._gate = vision, prompt_length, gate
-        self._features: OrderedDict[tuple[VisionConfig, bytes], Tensor] = OrderedDict()
+        self._features = KeptFeatures()
+        self._encoders: WeakValueDictionary[VisionConfig, ImageEncoder] = WeakValueDictionary()  # of all siblings
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -162,16 +166,31 @@ class Session:
         encoder = None
         if about.vision is not None:
             vision = dataclasses.replace(about.vision, encoder=self._vision or about.vision.encoder)
-            encoder = self._encoder if self._encoder is not None and self._encoder.config == vision else None
-            encoder = encoder or load_encoder(vision, dtype=self.llama.dtype, device=self.llama.device)
+            encoder = self._encoders.get(vision)
+            if encoder is None:
+                encoder = load_encoder(vision, dtype=self.llama.dtype, device=self.llama.device)
             trained = len(adapter.projection.feature_mean)
             if sum(encoder.widths) != trained:
                 raise ValueError(
                     f"adapter {name} was trained on {trained} image features of {about.vision.encoder}; "
                     f"{vision.encoder} gives {sum(encoder.widths)}"
                 )
+            self._encoders[vision] = encoder
         self._adapter, self._encoder = adapter.to(self.llama.device), encoder
         self.about, self.adapter_name = about, str(name)
+
+    def with_adapter(self, name: str | Path | None) -> Session:
+        """A session of the same strength with another adapter in use, or with None none; this one stays as it is.
+
+        The two share all they can: base, tokenizer, kept image features, and the encoder where both read images alike.
+
+        Raises:
+            FileNotFoundError, ValueError, ConnectionError: As `load`.
+        """
+        sibling = copy.copy(self)
+        if name is None or str(name) != self.adapter_name:
+            sibling.adapter(name)
+        return sibling
 
     @torch.inference_mode()
     def logits(self, token_ids: Tensor, images: Sequence[ImageSource | None] | ImageSource | None = None) -> Tensor:
@@ -223,21 +242,7 @@ class Session:
         Raises:
             FileNotFoundError, ValueError: An image cannot be read, or the adapter in use does not see.
         """
-        encoder = self.encoder
-        # Made small one by one: a batch of photos as they come from a camera would fill a gigabyte.
-        squares = [to_square(load_image(image), encoder.image_size, encoder.config.resize) for image in images]
-        keys = [(encoder.config, hashlib.sha256(square.tobytes()).digest()) for square in squares]
-        # Looked up once: another thread's images may push these out at any moment.
-        found = {key: self._features.get(key) for key in keys}
-        missing = {key: square for key, square in zip(keys, squares, strict=True) if found[key] is None}
-        if missing:
-            found |= dict(zip(missing, encoder.features_of(list(missing.values())), strict=True))
-        for key in keys:
-            self._features.pop(key, None)
-            self._features[key] = found[key]  # as the latest
-        while len(self._features) > KEPT_IMAGES:
-            self._features.popitem(last=False)
-        return torch.stack([found[key] for key in keys])
+        return self._features.of(self.encoder, images, KEPT_IMAGES)
 
     def caption(
         self,
@@ -268,18 +273,14 @@ class Session:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         many = list(images) if isinstance(images, (list, tuple)) else [images]
-        form = template(self.about.template if self.about is not None else "plain")
-        question = form.render(CAPTION_INSTRUCTION)
-        shots = "".join(f"{question}{form.separator}{example}\n" for example in examples or ())
-        tokens = self.tokenizer.encode(shots + question)
-        sampling = self.sampling("caption", settings)
+        tokens, sampling = self.prepare("caption", settings, examples=examples or ())
         captions: list[str] = []
         with tqdm(total=len(many), unit="image", disable=not progress) as bar:
             for start in range(0, len(many), batch_size):
                 batch = many[start : start + batch_size]
                 prompts = None if encoder is None else self.prompts(batch)
                 answers = self.generate([tokens] * len(batch), sampling, prompts)
-                captions += [" ".join(answer.text.split()) for answer in answers]  # one line, whatever was generated
+                captions += [wording.tidy("caption", answer.text) for answer in answers]
                 bar.update(len(batch))
         return captions
 
@@ -303,23 +304,13 @@ class Session:
             ValueError: The question is empty, there are not two choices or one is empty, a setting is unknown or out of
                 range, or the text is too long for the model's context.
         """
-        if not question.strip():
-            raise ValueError("the question is empty")
-        if isinstance(choices, str) or (choices is not None and not all(choice.strip() for choice in choices)):
-            raise ValueError(f"choices must be a list of texts that are not empty, got {choices!r}")
-        if choices is not None and len(choices) < 2:
-            raise ValueError(f"choices must be two or more, got {len(choices)}")
-        sampling = self.sampling("answer", settings)
-        prompts = self.prompts([image])
         if choices is None:
-            form = template(self.about.template if self.about is not None else "plain")
-            tokens = self.tokenizer.encode(form.render(question_text(question)))
-            return self.generate([tokens], sampling, prompts)[0].text.strip()
-        text, endings = choice_texts(self.about, question, choices)
-        # An adapter has learnt to stop after its answer; what the base would write next is not known.
-        end = [self.tokenizer.eos_id] if self.about is not None else []
-        tokens = [[*self.tokenizer.encode(ending, bos=False), *end] for ending in endings]
-        means = log_likelihoods(self.llama, [self.tokenizer.encode(text)], [tokens], prompts)[0].mean()
+            tokens, sampling = self.prepare("answer", settings, question=question)
+            answer = self.generate([tokens], sampling, self.prompts([image]))[0]
+            return wording.tidy("answer", answer.text)
+        self.sampling("answer", settings)
+        tokens, endings = wording.choice_tokens(self.tokenizer, self.about, question, choices)
+        means = log_likelihoods(self.llama, [tokens], [endings], self.prompts([image]))[0].mean()
         index = int(means.argmax())
         return Choice(choices[index], index, torch.softmax(means, dim=0).tolist())
 
@@ -347,30 +338,32 @@ class Session:
             ValueError: A message is not of that form, the last one is not the user's or empty, no adapter that sees the
                 image is loaded, a setting is unknown or out of range, or the text is too long for the model's context.
         """
-        tokens = self.chat_tokens(messages)
+        tokens, sampling = self.prepare("chat", settings, messages=messages)
         prompts = self.prompts([image])
-        sampling = self.sampling("chat", settings)
         if stream:
             return _stripped(decoding.stream(self.llama, self.tokenizer, tokens, sampling, prompts, cancelled))
-        return self.generate([tokens], sampling, prompts, cancelled)[0].text.strip()
+        return wording.tidy("chat", self.generate([tokens], sampling, prompts, cancelled)[0].text)
 
-    def chat_tokens(self, messages: str | Sequence[dict]) -> list[int]:
+    def prepare(self, task: str, settings: Mapping[str, object] | None = None, **content: object) -> Prepared:
+        """What `caption`, `answer` and `chat` give to the model, in their words; nothing is computed yet.
+
+        Args:
+            task: "caption", "answer" or "chat".
+            settings: Fields of `sampling.Sampling`; None or absent takes the adapter's default.
+            **content: `examples` of a caption, `question` of an answer, `messages` of a chat.
+
+        Raises:
+            ValueError: As those methods; an unknown task.
+        """
+        return wording.prepare(self.tokenizer, self.about, task, settings or {}, **content)
+
+    def chat_tokens(self, messages: str | Sequence[Mapping]) -> list[int]:
         """The prompt of a conversation, as `chat` gives it to the model.
 
         Raises:
             ValueError: A message is not of that form, or the last one is not the user's or empty.
         """
-        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
-        for turn in turns:
-            if not isinstance(turn, Mapping) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
-                raise ValueError(f'a message must be {{"role": TEXT, "content": TEXT}}, got {turn!r}')
-        if not turns or turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
-            raise ValueError("a conversation must end with a message of the user that is not empty")
-        if self._adapter is None and self.tokenizer.chat_template is not None:
-            return self.tokenizer.encode(self.tokenizer.render_chat(turns), bos=False, special=True)
-        form = template(self.about.template if self.about is not None else "alpaca")
-        earlier = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns[:-1])
-        return self.tokenizer.encode(form.render(turns[-1]["content"], earlier))
+        return wording.chat_tokens(self.tokenizer, self.about, messages)
 
     def generate(
         self,
@@ -382,29 +375,13 @@ class Session:
         """Answers a batch of token rows; see `generate.generate`."""
         return decoding.generate(self.llama, self.tokenizer, rows, sampling, prompts, cancelled)
 
-    def sampling(self, task: str, settings: dict[str, object]) -> Sampling:
-        """Decoding settings: those given, then the adapter's own, then the task's.
+    def sampling(self, task: str, settings: Mapping[str, object]) -> Sampling:
+        """Decoding settings of a task: those given, then the adapter's own, then the task's.
 
         Raises:
-            ValueError: An unknown setting, or one out of range.
+            ValueError: An unknown task or setting, or a setting out of range.
         """
-        defaults = {
-            "caption": {"max_new_tokens": 30, "stop": ("\n",)},
-            "answer": {"max_new_tokens": 30, "stop": ("\n",)},
-            "chat": {"max_new_tokens": 256, "temperature": 0.1, "top_p": 0.75},  # PAPER: decoding of instructions
-        }[task]
-        trained_for = {"instruct": "chat"}.get(self.about.task, self.about.task) if self.about is not None else None
-        own = self.about.generation if trained_for == task else {}
-        given = {key: value for key, value in settings.items() if value is not None}
-        fields = {field.name for field in dataclasses.fields(Sampling)}
-        unknown = sorted((given.keys() | own.keys()) - fields)
-        if unknown:
-            raise ValueError(f"unknown {', '.join(unknown)}; there are {', '.join(sorted(fields))}")
-        if given.get("temperature") and "beams" not in given:
-            own = {**own, "beams": 1}  # who asks for a temperature wants to sample
-        if given.get("beams", 1) != 1 and "temperature" not in given:
-            own = {**own, "temperature": 0.0}  # and who asks for beams does not
-        return Sampling(**(defaults | own | given))
+        return wording.task_sampling(self.about, task, settings)
 
 
 def _stripped(pieces: Iterator[str]) -> Iterator[str]:

@@ -372,6 +372,68 @@ def test_strength_scales_the_adapter(tiny, name):
     assert torch.equal(seeing.logits(TOKENS, [tiny.picture(0)] * 3), whole)
 
 
+def test_sessions_with_other_adapters_share_all_they_can(tiny, seeing, encoded, monkeypatch):
+    def fails(*_: object, **__: object) -> None:
+        raise AssertionError("loaded twice")
+
+    picture = tiny.picture(0)
+    expected = [tiny.load(adapter).answer(picture, "Why?") for adapter in (tiny.sees, tiny.tuned)]
+    expected += [tiny.load(adapter).answer(None, "Why?") for adapter in (tiny.reads, None)]
+    monkeypatch.setattr(session_module, "load_encoder", fails)
+    base = seeing.with_adapter(None)
+    tuned, reads = base.with_adapter(tiny.tuned), base.with_adapter(str(tiny.reads))  # the encoder is still in use
+    monkeypatch.setattr(session_module, "load_adapter", fails)
+    again = seeing.with_adapter(tiny.sees)
+    for session in (base, tuned, reads, again):
+        assert session.llama is seeing.llama
+        assert session.tokenizer is seeing.tokenizer
+    names = [session.adapter_name for session in (seeing, again, tuned, reads, base)]
+    assert names == [str(tiny.sees), str(tiny.sees), str(tiny.tuned), str(tiny.reads), None]
+    assert [seeing.answer(picture, "Why?"), tuned.answer(picture, "Why?")] == expected[:2]
+    assert [reads.answer(None, "Why?"), base.answer(None, "Why?")] == expected[2:]
+    assert again.answer(picture, "Why?") == expected[0]
+    assert len(set(expected)) == 4
+    assert encoded == [1]  # whoever encodes a picture does it for all
+    tuned.strength = 0.0
+    assert seeing.strength == again.strength == 1.0
+
+
+def test_a_sibling_that_cannot_be_loaded_changes_nothing(tiny, seeing):
+    with pytest.raises(FileNotFoundError, match="no adapter 'nowhere'"):
+        seeing.with_adapter("nowhere")
+    assert seeing.adapter_name == str(tiny.sees)
+
+
+@pytest.mark.parametrize("adapter", ["sees", "reads", None])
+def test_what_is_prepared_is_what_is_asked(tiny, adapter, monkeypatch):
+    """Who runs a task elsewhere, as the app does, words it no other way."""
+    session, asked = tiny.load(getattr(tiny, adapter) if adapter else None), []
+
+    def spied(rows: list, sampling: object, *_: object) -> list[Generated]:
+        asked.append((rows[0], sampling))
+        return [Generated("x", [], "stop")]
+
+    monkeypatch.setattr(session, "generate", spied)
+    settings = {"max_new_tokens": 7, "seed": 3, "beams": None}
+    session.answer(None, "why  not ?", **settings)
+    session.chat(TALK, **settings)
+    expected = [session.prepare("answer", settings, question="why  not ?")]
+    expected.append(session.prepare("chat", settings, messages=TALK))
+    if adapter != "reads":
+        monkeypatch.setattr(session, "prompts", lambda _: None)
+        session.caption([tiny.picture(0)], examples=["a dog"], **settings)
+        expected.append(session.prepare("caption", settings, examples=["a dog"]))
+    assert asked == expected
+    assert {sampling.max_new_tokens for _, sampling in asked} == {7}
+    assert session.prepare("chat", messages="Why?").sampling.max_new_tokens == 256
+
+
+def test_an_unknown_task_cannot_be_prepared(seeing):
+    for use in (lambda: seeing.prepare("sing"), lambda: seeing.sampling("sing", {})):
+        with pytest.raises(ValueError, match="unknown task 'sing'; there are caption, answer, chat"):
+            use()
+
+
 # Settings
 
 
