@@ -1,0 +1,100 @@
+"""The tab that answers questions about a picture, which stays while many are asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from app import controls
+from app.outcome import Outcome
+from app.picture import picture_input, sample_buttons
+from app.render import empty, outcome_html
+from app.tasks import Tasks
+
+HINT = empty("Answers appear here", "Choose a picture and ask; it stays for the next question.")
+QUESTIONS = ("What is in this picture?", "What color is it?", "Is there a person?")
+KEPT = 30  # earlier questions that stay on the page
+
+
+def build_ask_tab(tasks: Tasks) -> None:
+    """Builds the tab inside the tabs that are open."""
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=5, min_width=300):
+            picture = picture_input("Picture to ask about", elem_id="ask-picture")
+            sample_buttons(picture)
+        with gr.Column(scale=6, min_width=300):
+            current, outcome, asked = controls.new_current(), gr.State(None), gr.State("")
+            history = gr.State(())  # (question, outcome) of what stands below the answer, the latest first
+            question = gr.Textbox(
+                "",
+                label="Question",
+                placeholder="What is the man wearing?",
+                max_lines=3,
+                max_length=2000,
+                elem_id="ask-question",
+            )
+            with gr.Row(elem_classes="actions quick"):
+                for text in QUESTIONS:
+                    gr.Button(text, size="sm").click(
+                        lambda text=text: text, None, question, queue=False, **controls.QUIET
+                    )
+            with gr.Accordion("Choices (optional)", open=False, elem_id="ask-options"):
+                choices = gr.Textbox(
+                    "",
+                    label="Choices, one a line",
+                    info="The answer is then one of them, with the probability of each.",
+                    lines=3,
+                    max_lines=8,
+                    elem_id="ask-choices",
+                )
+            with gr.Row(elem_classes="actions"):
+                go = gr.Button("Ask", variant="primary", scale=3, elem_id="ask-go")
+                stop = controls.stop_button(current)
+            result = gr.HTML(HINT, elem_id="ask-result")
+            controls.judge_row(tasks, outcome)
+            earlier = gr.HTML("")
+    model = controls.model_controls(tasks, "answer")
+    with gr.Accordion("Settings", open=False):
+        decoding = controls.decoding_controls(tasks, "answer")
+    refresh = controls.inside_panel(tasks, outcome)
+    panel = controls.Panel(result, outcome, stop, current)
+
+    def write(
+        path: str | None,
+        text: str,
+        options: str,
+        before: tuple,
+        last: tuple[str, Outcome | None],
+        running: Any,
+        *values: Any,
+    ) -> Iterator[dict]:
+        who, how = controls.sides(*values[:4]), controls.settings(*values[4:])
+        outcomes = tasks.ask(path, text, who, how, options.splitlines(), running)
+        first = True
+        for update in panel.show(outcomes, text.strip()):
+            failed = bool(update[outcome].error)
+            if first and not failed:
+                first = False
+                if last and last[1] is not None and last[1].answers:
+                    before = (last, *before)[:KEPT]
+                update |= {question: "", history: before, earlier: _earlier(before)}
+            elif failed and not first:
+                update |= {question: text}  # to be asked again
+            yield update | {asked: (text.strip(), None if failed else update[outcome])}
+
+    def cleared() -> dict:
+        return {result: HINT, outcome: None, asked: "", history: (), earlier: ""}
+
+    inputs = [picture, question, choices, history, asked, current, *model, *decoding]
+    outputs = [*panel.outputs, question, history, earlier, asked]
+    refresh(gr.on([go.click, question.submit], write, inputs, outputs, trigger_mode="multiple", **controls.QUIET))
+    picture.change(cleared, None, [result, outcome, asked, history, earlier], **controls.QUIET)
+
+
+def _earlier(history: tuple[tuple[str, Outcome], ...]) -> str:
+    cards = "".join(outcome_html(outcome, question) for question, outcome in history)
+    return (
+        f'<div class="earlier" aria-label="Earlier questions" role="region" tabindex="0">{cards}</div>' if cards else ""
+    )

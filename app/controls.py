@@ -1,0 +1,204 @@
+"""What all tabs have in common: the adapter and its strength, decoding, Stop, thumbs, the look inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+
+from app.inside import inside_html
+from app.outcome import AUTOMATIC, BASE, Outcome, Side
+from app.render import empty, outcome_html, problem, side_name
+from app.service import Busy, Failure
+from app.tasks import Current, Tasks, sentence
+
+NOBODY = ""  # compare with: nobody
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+def adapter_choices(tasks: Tasks, task: str) -> list[tuple[str, str]]:
+    """(title, name) of the adapters that suit a task, the base model last."""
+    choices = [
+        (info.title, info.name) for info in tasks.adapters if task != "caption" or info.sees or info.name == BASE
+    ]
+    return [("Automatic", AUTOMATIC), *choices] if task == "chat" else choices
+
+
+def model_controls(tasks: Tasks, task: str) -> list[Component]:
+    """Adapter, strength, and what to compare with: the first four inputs of every task, see `sides`."""
+    choices = adapter_choices(tasks, task)
+    first = AUTOMATIC if task == "chat" else tasks.service.default[task]
+    strength = {"minimum": 0, "maximum": 2, "step": 0.05, "value": 1}
+    with gr.Row(elem_classes="model"):
+        adapter = gr.Dropdown(
+            choices,
+            value=first,
+            label="Adapter",
+            info="Switches at once; the base stays.",
+            filterable=False,
+            elem_id=f"{task}-adapter",
+        )
+        power = gr.Slider(**strength, label="Strength", info="0: the base model", elem_id=f"{task}-strength")
+        against = gr.Dropdown(
+            [("Nothing", NOBODY), *choices],
+            value=NOBODY,
+            label="Compare with",
+            info="Side by side, in one batch.",
+            filterable=False,
+            elem_id=f"{task}-against",
+        )
+        against_power = gr.Slider(**strength, label="Its strength", info="Of the other one", interactive=False)
+    against.change(
+        lambda name: gr.Slider(interactive=name not in (NOBODY, BASE)), against, against_power, queue=False, **QUIET
+    )
+    return [adapter, power, against, against_power]
+
+
+def sides(adapter: str, strength: float, against: str, against_strength: float) -> list[Side]:
+    """Who is asked."""
+    first = Side(adapter, float(strength))
+    return [first] if against in (None, NOBODY) else [first, Side(against, float(against_strength))]
+
+
+def decoding_controls(tasks: Tasks, task: str) -> list[Component]:
+    """Sliders of decoding, see `settings`."""
+    start = tasks.defaults(task)
+    longest = 1024 if task == "chat" else 120
+    with gr.Row():
+        temperature = gr.Slider(
+            0, 2, start["temperature"], step=0.05, label="Temperature", info="0: the likeliest word"
+        )
+        top_p = gr.Slider(0.05, 1, start["top_p"], step=0.05, label="Top-p", info="Leaves out unlikely words")
+        length = gr.Slider(1, longest, start["max_new_tokens"], step=1, label="Most tokens", info="Of an answer")
+        seed = gr.Number(start["seed"], precision=0, minimum=0, label="Seed", info="Same seed, same text")
+        beams = gr.Slider(
+            1, 8, start["beams"], step=1, label="Beams", info="1 streams, 4 searches", visible=task != "chat"
+        )
+    return [temperature, top_p, length, seed, beams]
+
+
+def settings(temperature: float, top_p: float, length: float, seed: float | None, beams: float) -> dict[str, Any]:
+    """Fields of `Sampling`."""
+    return {
+        "temperature": float(temperature),
+        "top_p": float(top_p),
+        "max_new_tokens": int(length),
+        "seed": int(seed or 0),
+        "beams": int(beams),
+    }
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Where the answers of a task go.
+
+    Attributes:
+        result: HTML of the outcome.
+        outcome: The outcome itself, a State.
+        stop: The Stop button.
+        current: State with what is running.
+    """
+
+    result: gr.HTML
+    outcome: gr.State
+    stop: gr.Button
+    current: gr.State
+
+    @property
+    def outputs(self) -> list[Component]:
+        return [self.result, self.outcome, self.stop]
+
+    def show(self, outcomes: Iterator[Outcome], question: str = "") -> Iterator[dict[Component, Any]]:
+        """What to change on the page for each outcome."""
+        for outcome in outcomes:
+            yield {
+                self.result: outcome_html(outcome, question),
+                self.outcome: outcome,
+                self.stop: gr.Button(interactive=not outcome.done),
+            }
+
+
+def stop_button(current: gr.State) -> gr.Button:
+    """Stops within a token; Escape presses it."""
+    stop = gr.Button("Stop", variant="stop", interactive=False, elem_classes="stop-now", scale=1)
+    stop.click(lambda running: running.stop(), current, None, queue=False, **QUIET)
+    return stop
+
+
+def new_current() -> gr.State:
+    """A tab that is closed takes its run with it."""
+    return gr.State(Current(), delete_callback=lambda current: current.stop())
+
+
+def judge_row(tasks: Tasks, outcome: gr.State) -> None:
+    """Thumbs and a comment on the answer, the first of several; nothing where feedback is not kept."""
+    if tasks.feedback is None:
+        return
+
+    def judge(verdict: str | None) -> Callable[[Outcome | None, str], tuple[str, str]]:
+        def kept(shown: Outcome | None, comment: str) -> tuple[str, str]:
+            if shown is None or not shown.answers or not shown.done:
+                return thanks("There is no answer to judge yet."), comment
+            if verdict is None and not comment.strip():
+                return thanks("Write a comment first."), comment
+            first = shown.answers[0]
+            which = f" It is about the answer of {side_name(first.side)}." if len(shown.answers) > 1 else ""
+            return thanks(tasks.judge(first, verdict, comment) + which), ""
+
+        return kept
+
+    with gr.Row(elem_classes="thumbs"):
+        up = gr.Button("Good answer", size="sm", elem_classes="thumb-up")
+        down = gr.Button("Bad answer", size="sm", elem_classes="thumb-down")
+        comment = gr.Textbox(
+            placeholder="A comment on the answer, Enter keeps it",
+            show_label=False,
+            label="Comment",
+            container=False,
+            max_lines=1,
+        )
+    said = gr.HTML(thanks(""), elem_classes="said")
+    for verdict, event in (("up", up.click), ("down", down.click), (None, comment.submit)):
+        event(judge(verdict), [outcome, comment], [said, comment], queue=False, **QUIET)
+
+
+def thanks(text: str) -> str:
+    return f'<div class="thanks" role="status">{escape(text)}</div>'
+
+
+def inside_panel(tasks: Tasks, outcome: gr.State) -> Callable[..., Any]:
+    """The look inside, measured when it is opened; returns what to chain after each answer to keep it up to date."""
+    hint = empty("Look inside", "Ask something; then this shows what the adapter did to the answer.")
+    with gr.Accordion("Look inside: gates, attention, scales", open=False) as accordion:
+        view = gr.HTML(hint)
+    is_open = gr.State(False)
+
+    def look(shown: Outcome | None) -> str:
+        if shown is None or not shown.answers or not shown.done or shown.error:
+            return hint
+        pieces = []
+        adapted = [answer for answer in shown.answers if answer.side.adapter != BASE] or list(shown.answers)
+        for answer in adapted[:1] + adapted[1:][-1:]:  # the two sides of a comparison
+            title = (
+                f"<h3>{escape(answer.side.adapter)}, strength {answer.side.strength:g}</h3>" if len(adapted) > 1 else ""
+            )
+            try:
+                pieces.append(title + inside_html(tasks.inside(answer)))
+            except (ValueError, Busy, Failure) as error:
+                pieces.append(title + problem(sentence(error)))
+        return "".join(pieces)
+
+    def opened(shown: Outcome | None) -> tuple[bool, str]:
+        return True, look(shown)
+
+    accordion.expand(opened, outcome, [is_open, view], show_progress="minimal", api_visibility="private")
+    accordion.collapse(lambda: False, None, is_open, queue=False, **QUIET)
+
+    def refresh(event: Any) -> None:
+        event.then(lambda shown, wanted: look(shown) if wanted else hint, [outcome, is_open], view, **QUIET)
+
+    return refresh

@@ -1,0 +1,67 @@
+"""The page's named endpoints, for `gradio_client`: /caption, /answer and /chat, with plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from app.outcome import AUTOMATIC, Outcome, Side
+from app.picture import picture_input
+from app.tasks import Tasks
+
+
+def add_endpoints(tasks: Tasks) -> None:
+    """Adds the endpoints to the page that is open; their inputs are components that nobody sees."""
+    with gr.Column(visible=False):
+        image = picture_input("image")
+        text = gr.Textbox(label="text")
+        choices = gr.JSON(label="choices", value=None)
+        messages = gr.JSON(label="messages")
+        adapter = gr.Textbox(tasks.service.default["caption"], label="adapter")
+        answerer = gr.Textbox(tasks.service.default["answer"], label="adapter")
+        talker = gr.Textbox(AUTOMATIC, label="adapter")
+        strength = gr.Number(1.0, label="strength")
+        settings = gr.JSON(label="settings", value={})
+        written, found = gr.Textbox(label="written"), gr.JSON(label="found")
+
+    def caption(image: str, adapter: str, strength: float, settings: dict | None) -> str:
+        """Captions a picture."""
+        return _last(tasks.caption(image, [Side(adapter, strength)], settings or {})).answers[0].text
+
+    def answer(
+        image: str | None, question: str, choices: list | None, adapter: str, strength: float, settings: dict | None
+    ) -> dict[str, Any]:
+        """Answers a question: {"text"}, and with choices {"text", "index", "probabilities"}."""
+        options = [str(choice) for choice in choices or ()]
+        got = _last(tasks.ask(image, question, [Side(adapter, strength)], settings or {}, options)).answers[0]
+        if not got.choices:
+            return {"text": got.text}
+        return {"text": got.text, "index": got.choices.index(got.text), "probabilities": list(got.probabilities)}
+
+    def chat(
+        message: str, messages: list | None, image: str | None, adapter: str, strength: float, settings: dict | None
+    ) -> Iterator[str]:
+        """Goes on with a conversation, `messages` being its earlier ones; gives the text so far, again and again."""
+        said = [*(messages or ()), {"role": "user", "content": message}]
+        for outcome in tasks.chat([said], image, [Side(adapter, strength)], settings or {}):
+            yield _checked(outcome).answers[0].text
+
+    for function, inputs, output in (
+        (caption, [image, adapter, strength, settings], written),
+        (answer, [image, text, choices, answerer, strength, settings], found),
+        (chat, [text, messages, image, talker, strength, settings], written),
+    ):
+        gr.on([], function, inputs, output, api_name=function.__name__)
+
+
+def _last(outcomes: Iterator[Outcome]) -> Outcome:
+    *_, last = outcomes
+    return _checked(last)
+
+
+def _checked(outcome: Outcome) -> Outcome:
+    if outcome.error:
+        raise gr.Error(outcome.error)
+    return outcome

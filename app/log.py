@@ -1,0 +1,51 @@
+"""The app's log: JSON lines, one for each event, and a code for each failure that a page can show."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import secrets
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+
+class Log:
+    """Writes one JSON object a line: time (UTC), level, event and what belongs to it. Any thread may write.
+
+    What people wrote or sent does not belong in here: only counts, names, durations, and tracebacks of what broke.
+
+    Args:
+        path: File that is appended to; None is standard error, and then only errors are written.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        if path is not None:
+            with open(path, "a", encoding="utf-8"):
+                pass  # what cannot be written is told at the start
+
+    def write(self, event: str, *, level: str = "info", **fields: object) -> None:
+        """Appends an event; `fields` are plain values."""
+        if self.path is None and level == "info":
+            return
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        line = json.dumps({"time": now, "level": level, "event": event, **fields}, ensure_ascii=False, default=str)
+        with self._lock:
+            if self.path is None:
+                print(line, file=sys.stderr, flush=True)
+            else:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+
+    def failure(self, error: BaseException, event: str = "failure", **fields: object) -> str:
+        """Appends an error with its traceback and returns the code that stands beside it."""
+        code = secrets.token_hex(3)
+        lines = traceback.format_exception(error)
+        self.write(event, level="error", code=code, error=type(error).__name__, traceback="".join(lines), **fields)
+        return code

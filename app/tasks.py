@@ -1,0 +1,350 @@
+"""What the page and its endpoints can do, in plain values: nothing here knows of Gradio.
+
+Every task takes what a person entered, asks the `Service`, and gives what is to be shown, again and again while text is
+being written. What goes wrong is part of what is shown, as a sentence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from app.feedback import Feedback
+from app.outcome import AUTOMATIC, BASE, Answer, FileRow, Files, Outcome, Side
+from app.service import AdapterInfo, Busy, Failure, Job, Run, Service
+from app.uploads import Limits, read_upload
+from mmadapter.image import load_image
+
+if TYPE_CHECKING:
+    from mmadapter.inspection import Inside
+
+AT_ONCE = 8  # files of a batch that are given to the service together
+MOST_FILES = 1000
+MOST_CAPTIONS = 5
+VARIETY = 0.7  # temperature of the second caption and those after it: the likeliest one is there already
+PATIENCE = 120.0  # seconds that a batch of files waits for a place in the queue
+EXAMPLES = Path(__file__).resolve().parents[1] / "assets" / "images"
+
+
+class Current:
+    """What one session has running, so that its Stop button can stop it from another thread."""
+
+    def __init__(self) -> None:
+        self._run: Run | None = None
+        self.stopped = False
+
+    def start(self, run: Run) -> Run:
+        """A session has one run at a time: a new one stops the one before it."""
+        before, self._run, self.stopped = self._run, run, False
+        if before is not None:
+            before.cancel()
+        return run
+
+    def stop(self) -> None:
+        self.stopped = True
+        if self._run is not None:
+            self._run.cancel()
+
+    def __deepcopy__(self, memo: dict) -> Current:
+        return Current()  # every session gets one of its own
+
+
+class Tasks:
+    """The tasks of the page over one service.
+
+    Args:
+        limits: Of uploaded pictures; None takes the defaults.
+        feedback: Where thumbs and comments are kept; None keeps none.
+    """
+
+    def __init__(self, service: Service, *, limits: Limits | None = None, feedback: Feedback | None = None) -> None:
+        self.service, self.limits, self.feedback = service, limits or Limits(), feedback
+
+    @property
+    def adapters(self) -> list[AdapterInfo]:
+        return self.service.adapters
+
+    def adapter(self, name: str) -> AdapterInfo:
+        """One of the adapters.
+
+        Raises:
+            ValueError: There is none of that name.
+        """
+        for info in self.adapters:
+            if info.name == name:
+                return info
+        raise ValueError(f"there is no adapter {name!r}; there are {', '.join(info.name for info in self.adapters)}")
+
+    def defaults(self, task: str) -> dict[str, Any]:
+        """What the sliders of a task start at: the settings that its default adapter was tuned for."""
+        plain = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 30, "seed": 0, "beams": 1}
+        if task == "chat":
+            plain |= {"temperature": 0.1, "top_p": 0.75, "max_new_tokens": 256}
+        about = self.adapter(self.service.default[task]).about
+        if task == "chat" and about is not None and about.task == "instruct":
+            plain |= {name: value for name, value in about.generation.items() if name in plain and name != "beams"}
+        return plain
+
+    def caption(
+        self,
+        picture: str | Path | None,
+        sides: Sequence[Side],
+        settings: Mapping[str, Any],
+        count: int = 1,
+        current: Current | None = None,
+    ) -> Iterator[Outcome]:
+        """Captions a picture, `count` times by each side, all in one batch."""
+        try:
+            if not 1 <= count <= MOST_CAPTIONS:
+                raise ValueError(f"the number of captions must be from 1 to {MOST_CAPTIONS}, got {count}")
+            image = self._read(picture, "a picture to caption")
+            answers = []
+            for side in sides:
+                for number in range(count):
+                    own = dict(settings)
+                    if number:
+                        own |= {"seed": int(own.get("seed") or 0) + number, "beams": 1}
+                        own["temperature"] = own.get("temperature") or VARIETY
+                    answers.append(self._answer("caption", side, own, image))
+        except (ValueError, OSError) as error:
+            yield Outcome(error=sentence(error))
+            return
+        yield from self._write(answers, current)
+
+    def ask(
+        self,
+        picture: str | Path | None,
+        question: str,
+        sides: Sequence[Side],
+        settings: Mapping[str, Any],
+        choices: Sequence[str] = (),
+        current: Current | None = None,
+    ) -> Iterator[Outcome]:
+        """Answers a question, about a picture or without one; with choices it finds how likely each of them is."""
+        choices = tuple(choice.strip() for choice in choices if choice.strip())
+        try:
+            if not question.strip():
+                raise ValueError("Please enter a question first.")
+            if len(choices) == 1:
+                raise ValueError("Please enter at least two choices, one a line, or none.")
+            image = None if picture is None else self._read(picture, "")
+            answers = [self._answer("answer", side, settings, image, question=question.strip()) for side in sides]
+        except (ValueError, OSError) as error:
+            yield Outcome(error=sentence(error))
+            return
+        yield from self._choose(answers, choices) if choices else self._write(answers, current)
+
+    def chat(
+        self,
+        conversations: Sequence[Sequence[Mapping[str, str]]],
+        picture: str | Path | None,
+        sides: Sequence[Side],
+        settings: Mapping[str, Any],
+        current: Current | None = None,
+    ) -> Iterator[Outcome]:
+        """Goes on with a conversation, or with one for each side: messages with role and content."""
+        try:
+            image = None if picture is None else self._read(picture, "")
+            answers = [
+                self._answer("chat", side, settings, image, messages=tuple(conversation))
+                for conversation, side in zip(conversations, sides, strict=True)
+            ]
+        except (ValueError, OSError) as error:
+            yield Outcome(error=sentence(error))
+            return
+        yield from self._write(answers, current)
+
+    def files(
+        self,
+        paths: Sequence[str | Path],
+        side: Side,
+        settings: Mapping[str, Any],
+        current: Current | None = None,
+    ) -> Iterator[Files]:
+        """Captions many files, some at a time; a file that cannot be read has its error in its row."""
+        current = current or Current()
+        current.stopped = False
+        start = time.monotonic()
+        note = ""
+        if len(paths) > MOST_FILES:
+            note = f"Only the first {MOST_FILES} of {len(paths)} files are done."
+        rows = [FileRow(Path(path).name) for path in paths[:MOST_FILES]]
+
+        def shown(finished: bool = False, note: str = note) -> Files:
+            return Files(tuple(rows), time.monotonic() - start, finished, note)
+
+        if not rows:
+            yield shown(True, "Please choose some pictures first.")
+            return
+        yield shown()
+        for first in range(0, len(rows), AT_ONCE):
+            places, answers = [], []
+            for place in range(first, min(first + AT_ONCE, len(rows))):
+                try:
+                    image = self._read(paths[place], "")
+                    answers.append(self._answer("caption", side, settings, image))
+                except (ValueError, OSError) as error:
+                    rows[place] = dataclasses.replace(rows[place], error=sentence(error))
+                else:
+                    places.append(place)
+                    rows[place] = dataclasses.replace(rows[place], picture=thumbnail(image))
+            try:
+                for outcome in self._patiently(answers, current):
+                    before = shown().done
+                    for place, answer in zip(places, outcome.answers, strict=True):
+                        rows[place] = _row(rows[place], answer)
+                    if shown().done > before:
+                        yield shown()
+            except (Busy, Failure, ValueError) as error:
+                yield shown(True, sentence(error))
+                return
+            if current.stopped:
+                yield shown(True, "Stopped.")
+                return
+        yield shown(True)
+
+    def inside(self, answer: Answer) -> Inside:
+        """What the adapter did to an answer.
+
+        Raises:
+            ValueError: It was not the work of an adapter, or nothing is written yet.
+            Busy, Failure: As of the service.
+        """
+        if answer.side.adapter == BASE:
+            raise ValueError("The base model alone has no adapter to look into; choose an adapter and ask again.")
+        return self.service.inside(answer.job, answer.text)
+
+    def judge(self, answer: Answer, verdict: str | None, comment: str = "") -> str:
+        """Keeps what a person thinks of an answer; returns a sentence to show."""
+        if self.feedback is None:
+            return "Feedback is not kept here."
+        job = answer.job
+        try:
+            self.feedback.add(
+                task=job.task,
+                adapter=job.adapter,
+                strength=job.strength,
+                settings=job.settings,
+                question=job.question,
+                messages=job.messages,
+                text=answer.text,
+                verdict=verdict,
+                comment=comment.strip(),
+                image=job.image,
+            )
+        except (ValueError, OSError) as error:
+            return f"The feedback could not be kept: {sentence(error)}"
+        return "Thank you, your comment is kept." if comment.strip() else "Thank you, that is kept."
+
+    def _read(self, picture: str | Path | None, what: str) -> Image.Image:
+        if picture is None:
+            raise ValueError(f"Please choose {what or 'a picture'} first.")
+        return read_upload(picture, self.limits)
+
+    def _answer(
+        self, task: str, side: Side, settings: Mapping[str, Any], image: Image.Image | None, **asked: Any
+    ) -> Answer:
+        """An answer that waits to be written."""
+        if side.adapter == AUTOMATIC:
+            side = dataclasses.replace(side, adapter=self.service.default["chat" if image is None else "answer"])
+        info, strength, note = self.adapter(side.adapter), side.strength, ""
+        if image is not None and not info.sees:
+            note = "The base model cannot see: written without the picture."
+            if task == "caption":  # at strength 0 the adapter is the base model, asked in the same words
+                info, strength = self.adapter(self.service.default["caption"]), 0.0
+            else:
+                image, note = (
+                    None,
+                    note if info.name == BASE else f"{info.name} cannot see: written without the picture.",
+                )
+        given = {name: value for name, value in settings.items() if value is not None}
+        if given.get("temperature"):
+            given["beams"] = 1  # a beam search does not sample
+        job = Job(task, image=image, adapter=info.name, strength=strength, settings=given, **asked)
+        return Answer(side, job, note=note)
+
+    def _write(self, answers: Sequence[Answer], current: Current | None) -> Iterator[Outcome]:
+        """Runs the answers together."""
+        yield Outcome(tuple(answers))
+        try:
+            yield from self._run(answers, current)
+        except (Busy, Failure, ValueError) as error:
+            yield Outcome(error=sentence(error))
+
+    def _run(self, answers: Sequence[Answer], current: Current | None) -> Iterator[Outcome]:
+        shown = list(answers)
+        with self.service.run([answer.job for answer in answers]) as run:
+            if current is not None:
+                current.start(run)
+            for update in run:
+                fields = dataclasses.asdict(update)
+                place = fields.pop("index")
+                shown[place] = dataclasses.replace(shown[place], **fields)
+                yield Outcome(tuple(shown))
+
+    def _patiently(self, answers: Sequence[Answer], current: Current) -> Iterator[Outcome]:
+        """As `_run`, but waits for a place in the queue, where a person would not."""
+        until = time.monotonic() + PATIENCE
+        while answers:
+            try:
+                yield from self._run(answers, current)
+                return
+            except Busy as busy:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(min(max(busy.seconds, 0.5), 5.0))
+
+    def _choose(self, answers: Sequence[Answer], choices: tuple[str, ...]) -> Iterator[Outcome]:
+        shown = [dataclasses.replace(answer, choices=choices) for answer in answers]
+        yield Outcome(tuple(shown))
+        try:
+            for place, answer in enumerate(shown):
+                start = time.monotonic()
+                choice = self.service.choose(answer.job, choices)
+                shown[place] = dataclasses.replace(
+                    answer,
+                    text=choice.text,
+                    state="done",
+                    finish="stop",
+                    seconds=time.monotonic() - start,
+                    probabilities=tuple(choice.probabilities),
+                )
+                yield Outcome(tuple(shown))
+        except (Busy, Failure, ValueError) as error:
+            yield Outcome(error=sentence(error))
+
+
+def examples() -> list[Path]:
+    """The sample pictures of the repository; none where it was installed without them."""
+    return sorted(EXAMPLES.glob("*.jpg"))
+
+
+def thumbnail(image: Image.Image, size: int = 96) -> Image.Image:
+    """A small copy."""
+    small = load_image(image)
+    small.thumbnail((size, size))
+    return small
+
+
+def sentence(error: Exception) -> str:
+    """An error as one line to show."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"The file cannot be read: {error.strerror}."
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text[0].upper() + text[1:]
+
+
+def _row(row: FileRow, answer: Answer) -> FileRow:
+    if not answer.done:
+        return row
+    if answer.finish == "cancelled":
+        return row
+    text = " ".join(answer.text.split())
+    return (
+        dataclasses.replace(row, caption=text) if text else dataclasses.replace(row, error="The model wrote nothing.")
+    )

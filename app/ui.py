@@ -1,0 +1,48 @@
+"""The page: a head, three tabs, and the named endpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from app.ask_tab import build_ask_tab
+from app.caption_tab import build_caption_tab
+from app.chat_tab import build_chat_tab
+from app.endpoints import add_endpoints
+from app.picture import keep_remote_out
+from app.tasks import Tasks
+
+TITLE = "mmadapter"
+TABS = {"caption": ("Caption", build_caption_tab), "ask": ("Ask", build_ask_tab), "chat": ("Chat", build_chat_tab)}
+AT_ONCE = 40  # requests that Gradio hands on; the service has the queue, and says when it is full
+KEEP_UPLOADS = 3600  # seconds
+HEADING = """
+<div class="top"><div class="grow"><h1>mmadapter</h1>
+<p>A language model that sees. Switch adapters and turn their strength while one base model stays loaded.</p></div>
+<button type="button" data-do="theme" aria-label="Light or dark" title="Light or dark"><i aria-hidden="true"></i>
+</button></div>
+"""
+
+
+def build_page(tasks: Tasks) -> gr.Blocks:
+    """Builds the page; `app.style` has its theme, CSS and head, for whoever serves it.
+
+    `?tab=ask` in the address opens that tab.
+    """
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEEP_UPLOADS, KEEP_UPLOADS)) as page:
+        gr.HTML(HEADING)
+        with gr.Tabs(elem_id="tabs") as tabs:
+            for name, (title, build) in TABS.items():
+                with gr.Tab(title, id=name, elem_id=f"tab-{name}"):
+                    build(tasks)
+        add_endpoints(tasks)
+
+        def opened(request: gr.Request) -> Any:
+            wanted = request.query_params.get("tab", "")
+            return gr.Tabs(selected=wanted) if wanted in TABS else gr.skip()  # whoever clicked meanwhile stays there
+
+        page.load(opened, None, tabs, queue=False, show_progress="hidden", api_visibility="private")
+    page.queue(default_concurrency_limit=AT_ONCE, max_size=None)
+    keep_remote_out(page)
+    return page

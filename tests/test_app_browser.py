@@ -1,0 +1,334 @@
+"""The page in a real Chromium over a live server with a tiny random model: what visitors do, on a desk and a phone."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_session
+from tiny_session import Tiny
+
+from app.feedback import Feedback
+from app.server import ServerSettings, build_server, running
+from app.service import Service
+from app.tasks import Tasks
+
+CHROMIUM = shutil.which("chromium")
+PATIENCE = 60_000  # milliseconds: a busy machine is slow
+DESK, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine"),
+    pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed"),
+]
+
+
+@dataclass
+class Site:
+    """The live server.
+
+    Attributes:
+        pause: Seconds that each token takes besides.
+        wrong: Console errors, exceptions and requests to other hosts since the last test.
+    """
+
+    url: str
+    tiny: Tiny
+    feedback: Path
+    pause: list[float] = field(default_factory=lambda: [0.0])
+    wrong: list[str] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    from app.ui import build_page
+    from mmadapter.continuous import RunningBatch
+
+    folder = tmp_path_factory.mktemp("site")
+    tiny = tiny_session.build(folder / "tiny")
+    service = Service(tiny.load(), [tiny.sees, tiny.tuned, tiny.reads])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+        patch.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
+        page = build_page(Tasks(service, feedback=Feedback(folder / "feedback.jsonl")))
+        with running(build_server(service, page, ServerSettings())) as url:
+            site = Site(url, tiny, folder / "feedback.jsonl")
+            step = RunningBatch.step
+
+            def slow(batch: RunningBatch) -> Any:
+                time.sleep(site.pause[0])
+                return step(batch)
+
+            patch.setattr(RunningBatch, "step", slow)
+            yield site
+    service.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield chromium
+        chromium.close()
+
+
+def visit(browser: Any, site: Site, view: dict[str, int], path: str = "") -> Any:
+    """A page of its own, at a tab; what goes wrong in it is noted."""
+    page = browser.new_context(viewport=view, accept_downloads=True).new_page()
+    page.set_default_timeout(PATIENCE)
+    page.on("console", lambda message: site.wrong.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: site.wrong.append(str(error)))
+    page.on(
+        "request",
+        lambda request: (
+            None if request.url.startswith((site.url, "data:", "blob:")) else site.wrong.append(request.url)
+        ),
+    )
+    page.goto(site.url + path)
+    return page
+
+
+@pytest.fixture(scope="module")
+def desk(browser: Any, site: Site) -> Any:
+    page = visit(browser, site, DESK)
+    page.wait_for_selector("#caption-go")
+    return page
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_wrong(site: Site) -> Iterator[None]:
+    """Errors in the console and requests to another host fail the test they happen in."""
+    site.pause[0] = 0.0
+    yield
+    wrong, site.wrong = list(site.wrong), []
+    assert wrong == []
+
+
+def letters(text: str) -> str:
+    """What HTML keeps of a random model's bytes."""
+    return "".join(character for character in text if character.isascii() and character.isalnum())
+
+
+def words(page: Any, place: str) -> str:
+    """The text of the finished answer."""
+    page.wait_for_selector(f"{place} [aria-busy=false]")
+    return letters("".join(page.locator(f"{place} .words").all_text_contents()))
+
+
+def choose(page: Any, place: str, option: str) -> None:
+    """Takes an option of a dropdown."""
+    page.locator(f"{place} input").click()
+    page.get_by_role("option", name=option).click()
+
+
+def set_number(page: Any, place: str, value: float) -> None:
+    """Sets a slider by its number."""
+    page.locator(f"{place} input[type=number]").fill(str(value))
+    page.keyboard.press("Tab")
+
+
+def eventually(check: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE / 1000
+    while not check():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def expected(site: Site, adapter: Path, strength: float = 1.0, number: int = 0) -> str:
+    session = site.tiny.load(adapter)
+    session.strength = strength
+    return letters(session.caption(site.tiny.picture(number))[0])
+
+
+def test_a_picture_gets_its_caption_word_by_word(desk: Any, site: Site) -> None:
+    site.pause[0] = 0.05
+    desk.locator("#caption-picture input[type=file]").set_input_files(site.tiny.picture(0))
+    desk.wait_for_selector("#caption-result .caret")
+    desk.wait_for_function("document.querySelector('#caption-result .words').textContent.length > 3")
+    early = letters(desk.locator("#caption-result .words").text_content())
+    final = words(desk, "#caption-result")
+    assert final == expected(site, site.tiny.sees)
+    assert len(early) < len(final)
+    assert final.startswith(early)
+
+
+def test_strength_0_gives_the_words_of_the_base(desk: Any, site: Site) -> None:
+    set_number(desk, "#caption-strength", 0)
+    desk.click("#caption-go")
+    base = expected(site, site.tiny.sees, 0.0)
+    assert base != expected(site, site.tiny.sees)
+    eventually(lambda: words(desk, "#caption-result") == base)
+    set_number(desk, "#caption-strength", 1)
+
+
+def test_another_adapter_and_a_comparison(desk: Any, site: Site) -> None:
+    choose(desk, "#caption-adapter", "(tuned)")
+    desk.click("#caption-go")
+    tuned = expected(site, site.tiny.tuned)
+    eventually(lambda: words(desk, "#caption-result") == tuned)
+    choose(desk, "#caption-against", "(sees)")
+    desk.click("#caption-go")
+    desk.wait_for_function("document.querySelectorAll('#caption-result article').length == 2")
+    eventually(lambda: words(desk, "#caption-result") == tuned + expected(site, site.tiny.sees))
+    left, right = (desk.locator("#caption-result article").nth(place).bounding_box() for place in (0, 1))
+    assert left["y"] == right["y"]
+    assert left["x"] + left["width"] <= right["x"]
+    choose(desk, "#caption-against", "Nothing")
+    choose(desk, "#caption-adapter", "(sees)")
+
+
+def test_looking_inside_draws_the_gates(desk: Any) -> None:
+    desk.get_by_role("button", name="Look inside").first.click()
+    desk.wait_for_selector("svg[role=img]")
+    assert desk.locator("svg[role=img]").count() >= 2
+    desk.get_by_role("button", name="Look inside").first.click()
+
+
+def test_thumbs_and_a_comment_are_kept(desk: Any, site: Site) -> None:
+    desk.get_by_role("button", name="Good answer").first.click()
+    eventually(lambda: site.feedback.exists() and len(site.feedback.read_text().splitlines()) == 1)
+    desk.get_by_label("Comment").first.fill("so so")
+    desk.keyboard.press("Enter")
+    eventually(lambda: len(site.feedback.read_text().splitlines()) == 2)
+    up, comment = (json.loads(line) for line in site.feedback.read_text().splitlines())
+    assert (up["verdict"], up["task"], comment["comment"]) == ("up", "caption", "so so")
+
+
+def test_many_files_become_a_table_and_a_csv(desk: Any, site: Site, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    desk.get_by_role("button", name="Many pictures at once").click()
+    desk.locator("#caption-files input[type=file]").set_input_files(
+        [*(site.tiny.picture(number) for number in range(3)), broken]
+    )
+    desk.wait_for_function("document.querySelector('#caption-files').innerText.includes('broken')")
+    desk.click("#caption-all")
+    desk.wait_for_selector("a[download='captions.csv']")
+    assert desk.locator(".files tbody tr").count() == 4
+    assert desk.locator(".files img.thumb").count() == 3
+    with desk.expect_download() as download:
+        desk.click("a[download='captions.csv']")
+    path = tmp_path / "captions.csv"
+    download.value.save_as(path)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == ["0.png", "1.png", "2.png", "broken.png"]
+    assert letters(rows[1]["caption"]) == expected(site, site.tiny.sees, number=1)
+    assert rows[3]["error"]
+    assert not rows[3]["caption"]
+
+
+def test_a_question_by_keyboard_and_its_choices(desk: Any, site: Site) -> None:
+    desk.get_by_role("tab", name="Ask").click()
+    desk.wait_for_selector("#ask-go")
+    assert desk.url.endswith("?tab=ask")
+    desk.locator("#ask-picture input[type=file]").set_input_files(site.tiny.picture(1))
+    desk.wait_for_selector("#ask-picture img")
+    desk.locator("#ask-question textarea").fill("What is it?")
+    desk.keyboard.press("Enter")
+    words(desk, "#ask-result")
+    assert "What is it?" in desk.locator("#ask-result").inner_text()
+    desk.locator("#ask-options button").first.click()
+    desk.locator("#ask-choices textarea").fill("a dog\na cat")
+    desk.locator("#ask-question textarea").fill("And now?")
+    desk.click("#ask-go")
+    desk.wait_for_selector("#ask-result .best")
+    shares = [int(text.rstrip("%")) for text in desk.locator("#ask-result .line span:last-child").all_text_contents()]
+    assert 99 <= sum(shares) <= 101
+    assert "What is it?" in desk.locator(".earlier").inner_text()
+
+
+def test_stop_ends_a_chat_and_nothing_jumps(desk: Any, site: Site) -> None:
+    site.pause[0] = 0.1
+    desk.get_by_role("tab", name="Chat").click()
+    desk.wait_for_selector("#chat-text")
+    before = desk.locator("#chat-text").bounding_box()["y"]
+    desk.locator("#chat-text textarea").fill("Tell me about alpacas.")
+    desk.keyboard.press("Enter")
+    stop = desk.locator("button.stop-now:visible")
+    eventually(stop.is_enabled)
+    desk.locator("#chat-0 .bot").first.wait_for()
+    assert abs(desk.locator("#chat-text").bounding_box()["y"] - before) < 1
+    desk.keyboard.press("Escape")  # presses the same Stop
+    desk.get_by_text("stopped").wait_for()
+    assert stop.is_disabled()
+    assert abs(desk.locator("#chat-text").bounding_box()["y"] - before) < 1
+
+
+def test_retry_and_undo(desk: Any, site: Site) -> None:
+    site.pause[0] = 0.05
+    stop = desk.locator("button.stop-now:visible")
+    desk.locator("#chat-0 button[aria-label=Retry]").click()
+    eventually(stop.is_enabled)
+    stop.click()
+    eventually(stop.is_disabled)
+    desk.locator("#chat-0 button[aria-label=Undo]").click()
+    eventually(lambda: desk.locator("#chat-text textarea").input_value() == "Tell me about alpacas.")
+
+
+def test_everything_has_a_name(desk: Any) -> None:
+    """Buttons, inputs and pictures say what they are to a screen reader."""
+    nameless = desk.evaluate(
+        """() => [...document.querySelectorAll("button, input, textarea, img")].filter((one) => {
+            if (!one.offsetParent || one.type === "file" || one.getAttribute("aria-hidden") === "true") return false;
+            if (one.tagName === "IMG") return !one.hasAttribute("alt");
+            const label = one.closest("label") || document.querySelector(`label[for="${one.id}"]`);
+            const name = one.getAttribute("aria-label") || one.getAttribute("aria-labelledby") || one.title;
+            return !(name || one.innerText || (label && label.innerText));
+        }).map((one) => one.outerHTML.slice(0, 120))"""
+    )
+    assert nameless == []
+    assert desk.evaluate("document.documentElement.lang") == "en"
+
+
+@pytest.mark.parametrize("tab", ["caption", "ask", "chat"])
+def test_a_phone_sees_a_tab_by_its_link(browser: Any, site: Site, tab: str) -> None:
+    page = visit(browser, site, PHONE, f"/?tab={tab}&__theme=dark")
+    page.wait_for_selector(f"#{tab}-{'text' if tab == 'chat' else 'go'}")
+    page.wait_for_selector(f"#tab-{tab}-button[aria-selected=true]")
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    background, text = page.evaluate(
+        "() => [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('h1')).color]"
+    )
+    assert contrast(background, text) > 7
+    if tab == "caption":
+        page.click("button:has-text('Cat')")
+        assert words(page, "#caption-result")
+    page.context.close()
+
+
+def test_the_theme_button_is_remembered(browser: Any, site: Site) -> None:
+    page = visit(browser, site, DESK)
+    page.get_by_role("button", name="Light or dark").click()
+    assert page.evaluate("document.body.classList.contains('dark')")
+    page.reload()
+    page.wait_for_function("document.body.classList.contains('dark')")
+    primary = page.evaluate(
+        "() => { const style = getComputedStyle(document.querySelector('#caption-go')); "
+        "return [style.backgroundColor, style.color]; }"
+    )
+    assert contrast(*primary) >= 4.5
+    page.context.close()
+
+
+def contrast(first: str, second: str) -> float:
+    """Of two CSS colours, from 1 to 21 (WCAG 2)."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(float(part)) / 255 for part in colour.split("(")[1].rstrip(")").split(",")[:3]]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((luminance(first), luminance(second)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
