@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,12 @@ from app.job import AdapterInfo, Job
 from app.remote_image import fetch_image
 from app.uploads import Limits, TooLarge, read_data_uri, read_upload
 
+# What a picture's caption answers: "Describe this photo", "What do you see in the image?", "What's in this picture?"
+DESCRIBE = re.compile(
+    r"\b(?:describe|description|caption)\b"
+    r"|\bwhat(?:'s| is| can| do)\b[^.?]{0,30}\b(?:in|on) (?:this|the) (?:picture|image|photo)",
+    re.IGNORECASE,
+)
 AUTOMATIC = "mmadapter"  # the model that is the default: the adapter that suits an image, or the one that suits text
 BASE = "base"  # the model without an adapter, which jobs call "none"
 MOST_ANSWERS = 8
@@ -188,8 +195,8 @@ async def read_jobs(
 ) -> list[Job]:
     """One job for each answer that is wanted.
 
-    An image stays for the messages after it, until another one comes. A picture alone is captioned, a first question
-    about one is answered, all else is a conversation.
+    An image stays for the messages after it, until another one comes. A picture alone is captioned, and so is one that
+    the default model is asked to describe; a first question about one is answered, all else is a conversation.
 
     Args:
         default: Which adapter each task takes (`Service.default`).
@@ -218,7 +225,8 @@ async def read_jobs(
     asked: dict[str, Any] = {"task": "chat", "messages": turns}
     if image is not None and len(turns) == 1:
         question = turns[0]["content"].strip()
-        asked = {"task": "answer", "question": question} if question else {"task": "caption"}
+        describe = not question or (request.model == AUTOMATIC and DESCRIBE.search(question))
+        asked = {"task": "caption"} if describe else {"task": "answer", "question": question}
 
     name = "none" if request.model == BASE else request.model
     if request.model == AUTOMATIC:

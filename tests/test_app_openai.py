@@ -157,6 +157,25 @@ def test_text_and_images_go_to_the_adapters_that_suit_them(client, service):
     assert [turn["content"] for turn in service.jobs[4].messages] == ["Why?", "So.", "And?"]
 
 
+@pytest.mark.parametrize(
+    ("text", "task"),
+    [
+        ("Describe the image in detail.", "caption"),
+        ("What's in this picture?", "caption"),
+        ("what do you see in the photo?", "caption"),
+        ("What is on the table?", "answer"),
+        ("How many dogs are there in this picture?", "answer"),
+        ("What colour is it? I cannot tell in this photo", "answer"),
+    ],
+)
+def test_the_default_model_describes_where_it_is_asked_to(client, service, text, task):
+    """In a sentence, where an adapter for questions would give a word."""
+    picture = data_uri(tiny_session.picture(0))
+    ask(client, user(text, picture))
+    ask(client, user(text, picture), model="caption")
+    assert [job.task for job in service.jobs] == [task, "answer"]
+
+
 def test_the_last_image_counts(client, service):
     first, second = (tiny_session.picture(number) for number in (0, 1))
     ask(client, user("Why?", data_uri(first)), {"role": "assistant", "content": "So."}, user("And?", data_uri(second)))
