@@ -17,7 +17,8 @@ SHAPES = {
     "llama-33b": LlamaConfig(32000, 6656, 60, 52, 52, 128, 17920, 1e-6),
     "llama-65b": LlamaConfig(32000, 8192, 80, 64, 64, 128, 22016, 1e-6),
 }
-BYTES = {"float32": 4, "bfloat16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 2, "int4": 2}  # of a number; of a packed base, what is not packed
+PACKED_BYTES = {"int8": 1.0, "int4": 0.625}  # of a weight of a block with its share of scales (`quantised`)
 
 
 def base_parameters(config: LlamaConfig) -> int:
@@ -32,6 +33,14 @@ def adapter_parameters(adapter: AdapterConfig, base: LlamaConfig) -> dict[str, i
         block = 2 * sum(linear_widths(base).values()) + 2 * base.width  # scales and biases, norms
         parts["tuning"] = base.layers * block + base.width
     return parts
+
+
+def weight_bytes(config: LlamaConfig, dtype: str) -> float:
+    """The base's weights; of a packed one embedding and output projection have a byte each."""
+    if dtype not in PACKED_BYTES:
+        return base_parameters(config) * BYTES[dtype]
+    outside = config.vocab_size * config.width * (1 if config.tied else 2)
+    return outside + (base_parameters(config) - outside) * PACKED_BYTES[dtype]
 
 
 def cache_bytes(config: LlamaConfig, tokens: int, dtype: str) -> int:
@@ -64,7 +73,7 @@ def describe(
     Args:
         llama: A name in `SHAPES`, or the spec of a base.
         adapter: Name, folder or file of an adapter; None describes one as it would be.
-        dtype: "float32" or "bfloat16", of the base in memory.
+        dtype: "float32", "bfloat16", "int8" or "int4", of the base in memory.
         layers: Adapted layers of an adapter as it would be, L; None is all but two of the base.
         prompt_length: K of such an adapter, or of an official `.pth`.
         gate: Gate variant of such an adapter, or of an official `.pth`.
@@ -107,15 +116,18 @@ def describe(
     lines += [f"  adapted L   {shape.layers} layers, K = {shape.prompt_length} prompts, gate {shape.gate}{tuning}"]
     lines += [f"  {name:<17} {count:>12,}" for name, count in parts.items()]
     lines += [f"  {'trained':<17} {trained:>12,}  ({trained / base_parameters(config):.3%} of the base)"]
-    weights = base_parameters(config) * BYTES[dtype]
+    weights = weight_bytes(config, dtype)
     training = weights + trained * 16 + activation_bytes(config, shape, batch_tokens, dtype)
     inference = weights + cache_bytes(config, 2048, dtype)
     lines += [
         "",
         f"memory, {dtype} (estimates)",
         f"  inference   {_gigabytes(inference)} with 2,048 cached tokens",
-        f"  training    {_gigabytes(training)} with {batch_tokens:,} tokens a batch: base, activations, AdamW",
     ]
+    if dtype not in PACKED_BYTES:  # a packed base cannot be trained on
+        lines.append(
+            f"  training    {_gigabytes(training)} with {batch_tokens:,} tokens a batch: base, activations, AdamW"
+        )
     return "\n".join(lines)
 
 
@@ -125,5 +137,5 @@ def _disk_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _gigabytes(count: int) -> str:
+def _gigabytes(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

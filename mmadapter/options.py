@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from mmadapter.session import Session
 
+DTYPES = ("auto", "float32", "bfloat16", "int8", "int4")
+SHORT_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
+
 
 class Parser(argparse.ArgumentParser):
     """Help that opens with the description, where our examples stand, and misuse in one line, as every other error."""
@@ -46,9 +49,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="cpu", help="such as cpu, cuda or cuda:1 (default: %(default)s)")
     group.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16"),
+        type=lambda name: SHORT_NAMES.get(name, name),
+        choices=DTYPES,
         default="auto",
-        help="auto is bfloat16 on CUDA and on CPUs that compute in it, else float32 (default: %(default)s)",
+        help="auto is bfloat16 on CUDA and on CPUs that compute in it, else float32; fp32 and bf16 are short for them; "
+        "int8 and int4 pack the base, to answer faster on a CPU and not to train (default: %(default)s)",
     )
     group.add_argument(
         "--prompt-length",
@@ -82,7 +87,7 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
     """The number format that `--dtype` names; "auto" takes bfloat16 where it is the faster one.
 
     Args:
-        name: "auto", "float32" or "bfloat16".
+        name: One of `DTYPES`. "int8" and "int4" are formats of the packed weights (`quantised`).
         device: Where the model runs, as torch names it.
 
     Raises:
@@ -93,8 +98,8 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
     if name == "auto":
         fast = device.startswith("cuda") or (device == "cpu" and cpu_computes_bfloat16())
         name = "bfloat16" if fast else "float32"
-    if name not in ("float32", "bfloat16"):
-        raise ValueError(f"unknown dtype {name!r}; choose auto, float32 or bfloat16")
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}; choose {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
     return getattr(torch, name)
 
 

@@ -30,10 +30,11 @@ from mmadapter.features import KeptFeatures
 from mmadapter.generate import Generated
 from mmadapter.image import ImageSource
 from mmadapter.llama import Llama
+from mmadapter.quantised import check_dtype, load_llama
 from mmadapter.sampling import Sampling
 from mmadapter.tokenizer import Tokenizer
 from mmadapter.vision import ImageEncoder, load_encoder
-from mmadapter.weights import load_state_dict, open_weights
+from mmadapter.weights import open_weights
 from mmadapter.wording import Prepared
 
 KEPT_IMAGES = 64  # images whose features a session keeps
@@ -70,7 +71,8 @@ def load(
         adapter: Name, folder or file of an adapter; None is the base model alone.
         vision: Spec of the image encoder, in place of the one that the adapter names.
         device: Such as "cpu", "cuda", "cuda:1".
-        dtype: "float32" or "bfloat16", of base and encoder.
+        dtype: "float32" or "bfloat16", of base and encoder; "int8" or "int4" for a base whose weights stay packed
+            (`quantised`), beside an encoder in bfloat16.
         prompt_length: K of an official LLaMA-Adapter `.pth`, which does not name it.
         gate: Gate variant of such a file: "tanh", "identity" or "scalar".
 
@@ -79,8 +81,7 @@ def load(
         ValueError: Weights are damaged or do not fit together, or an argument is out of range.
         ConnectionError: Weights have to be fetched and there is no network.
     """
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f'dtype must be "float32" or "bfloat16", got {dtype!r}')
+    check_dtype(dtype, device)
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
@@ -89,8 +90,7 @@ def load(
     if adapter is not None:
         find_adapter(adapter)  # a name that is not there is told before the base is fetched and loaded
     weights = open_weights(llama)
-    state = load_state_dict(weights, getattr(torch, dtype))
-    model = Llama.from_state_dict(weights.config, state).to(place)
+    model = load_llama(weights, dtype, place)
     session = Session(model, weights.tokenizer(), spec=llama, vision=vision, prompt_length=prompt_length, gate=gate)
     session.adapter(adapter)
     return session

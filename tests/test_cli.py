@@ -269,7 +269,7 @@ def test_an_error_is_one_line_and_exit_1(tiny, run, words, message):
         ("caption a.png --beams two", "argument --beams: must be a whole number from 1, got 'two'"),
         ("caption a.png --temperature hot", "argument --temperature: must be a number, got 'hot'"),
         ("caption a.png --strength nan", "argument --strength: must be a number, got 'nan'"),
-        ("caption a.png --dtype int4", "argument --dtype: invalid choice: 'int4'"),
+        ("caption a.png --dtype int2", "argument --dtype: invalid choice: 'int2'"),
         ("caption a.png --sparkle", "unrecognized arguments: --sparkle"),
         ("answer --question Why?", "the following arguments are required: --image"),
         ("weights burn", "argument action: invalid choice: 'burn'"),

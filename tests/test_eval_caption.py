@@ -698,7 +698,7 @@ def test_resolve_dtype(monkeypatch):
     for able, expected in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(options, "cpu_computes_bfloat16", lambda able=able: able)
         assert options.resolve_dtype("auto", "cpu") is expected
-    with pytest.raises(ValueError, match="unknown dtype 'half'; choose auto, float32 or bfloat16"):
+    with pytest.raises(ValueError, match="unknown dtype 'half'; choose auto, float32, bfloat16, int8 or int4"):
         options.resolve_dtype("half", "cpu")
 
 

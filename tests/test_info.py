@@ -111,12 +111,13 @@ def test_what_does_not_fit_is_refused(tiny):
         describe("llama-9b")
 
 
-def test_memory_grows_with_what_takes_it():
-    def memory(line: str, **options: object) -> float:
-        text = describe("llama-7b", **options)
-        amount, unit = re.search(rf"^  {line} +([\d.]+) (GB|MB)", text, re.MULTILINE).groups()
-        return float(amount) * (1e9 if unit == "GB" else 1e6)
+def memory(line: str, **options: object) -> float:
+    text = describe("llama-7b", **options)
+    amount, unit = re.search(rf"^  {line} +([\d.]+) (GB|MB)", text, re.MULTILINE).groups()
+    return float(amount) * (1e9 if unit == "GB" else 1e6)
 
+
+def test_memory_grows_with_what_takes_it():
     # 13.5 GB of weights and 1.07 GB of keys and values: 2 * 32 layers * 4096 * 2048 tokens * 2 bytes.
     assert memory("inference") == pytest.approx(14.55e9, abs=0.06e9)
     assert memory("inference", dtype="float32") == pytest.approx(2 * 14.55e9, abs=0.06e9)
@@ -124,3 +125,12 @@ def test_memory_grows_with_what_takes_it():
     assert memory("training", batch_tokens=4096) > memory("training")
     assert memory("training", layers=10) < memory("training")
     assert "memory, float32 (estimates)" in describe("llama-7b", dtype="float32")
+
+
+def test_a_packed_base_takes_less_and_is_not_trained_on():
+    """Linears of the blocks take 1 or 0.625 bytes a weight, LLaMA-7B's 2 x 131M of vocabulary a byte."""
+    blocks, outside = 6_738_415_616 - 262_144_000, 262_144_000
+    for dtype, share in (("int8", 1.0), ("int4", 0.625)):
+        expected = outside + share * blocks + 2 * 32 * 32 * 128 * 2048 * 2
+        assert memory("inference", dtype=dtype) == pytest.approx(expected, abs=0.06e9)
+        assert "training" not in describe("llama-7b", dtype=dtype)
