@@ -27,9 +27,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tiny_session.Tiny:
 
 @pytest.fixture(autouse=True)
 def offline(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty cache and working folder; "caption" is the tiny adapter that sees."""
+    """An empty cache and working folder; "caption" and "qa" are the tiny adapter that sees."""
     shipped = tmp_path / "shipped"
-    shutil.copytree(tiny.sees, shipped / "caption")
+    for name in ("caption", "qa"):
+        shutil.copytree(tiny.sees, shipped / name)
     monkeypatch.setattr(checkpoint, "SHIPPED", shipped)
     monkeypatch.setenv("MMADAPTER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/")
