@@ -1,7 +1,7 @@
 """What arithmetic and memory say that things cost, and how well measured costs keep to it.
 
-Shapes: T tokens of a row, P numbers of the blocks' matrices, V vocabulary, C width, N layers, L adapted layers, K prompt
-length, H query heads, G key/value heads, D head width.
+Shapes: T tokens of a row, P numbers of the blocks' matrices, V vocabulary, C width, N layers, L adapted layers, K
+prompt length, H query heads, G key/value heads, D head width.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmadapter.config import LlamaConfig
-from mmadapter.info import BYTES
 from mmadapter.tuning import linear_widths
 
 
@@ -42,25 +41,26 @@ def training_flops(config: LlamaConfig, length: int, rows: int, layers: int, pro
     return forward + backward + prompts + logits
 
 
-def cache_bytes(config: LlamaConfig, tokens: float, dtype: str) -> float:
-    """Keys and values of so many tokens."""
-    return 2.0 * config.layers * config.kv_heads * config.head_width * tokens * BYTES[dtype]
+def cache_bytes(config: LlamaConfig, tokens: float, item: int) -> float:
+    """Keys and values of so many tokens, in numbers of `item` bytes."""
+    return 2.0 * config.layers * config.kv_heads * config.head_width * tokens * item
 
 
-def decoding_bytes(config: LlamaConfig, weight_bytes: float, start: int, new: int, rows: int, dtype: str) -> float:
+def decoding_bytes(config: LlamaConfig, weight_bytes: float, start: int, new: int, rows: int, item: int) -> float:
     """Bytes that decoding `new` tokens a row reads: all weights each step, and the keys and values so far."""
     seen = new * start + new * (new + 1) / 2
-    return new * weight_bytes + rows * cache_bytes(config, seen, dtype)
+    return new * weight_bytes + rows * cache_bytes(config, seen, item)
 
 
-def activation_bytes(config: LlamaConfig, layers: int, tokens: int, dtype: str) -> float:
-    """What the backward pass keeps of the adapted layers: each operation's input (as `mmadapter.info` estimates)."""
-    return float(layers * tokens * (10 * config.width + 4 * config.hidden_width) * BYTES[dtype])
+def kept_bytes(config: LlamaConfig, layers: int, tokens: int, item: int) -> float:
+    """What the backward pass keeps of the adapted layers: each operation's input, about 10 of width C a token and 4 of
+    the feed-forward's."""
+    return float(layers * tokens * (10 * config.width + 4 * config.hidden_width) * item)
 
 
-def linear_bytes(config: LlamaConfig, tokens: int, dtype: str) -> float:
+def passing_bytes(config: LlamaConfig, tokens: int, item: int) -> float:
     """The outputs of one block's matrices, which a forward pass without gradients holds one block at a time."""
-    return float(sum(linear_widths(config).values()) * tokens * BYTES[dtype])
+    return float(sum(linear_widths(config).values()) * tokens * item)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Fit:
 
     Attributes:
         r2: Share of the variance that the law explains; 1 where nothing varies and nothing is left over.
-        worst: The largest distance between a measured value and the line, as a share of the measured value.
+        worst: The largest distance between a measured value and the line, as a share of the largest measured value.
     """
 
     offset: float
@@ -97,4 +97,5 @@ def fit(law: Sequence[float], measured: Sequence[float]) -> Fit:
     total = sum((y - mean) ** 2 for y in measured)
     unexplained = sum(rest**2 for rest in left)
     r2 = 1 - unexplained / total if total else 1.0
-    return Fit(offset, scale, r2, max(abs(rest) / y for rest, y in zip(left, measured, strict=True)))
+    largest = max(abs(y) for y in measured)
+    return Fit(offset, scale, r2, max(abs(rest) for rest in left) / largest if largest else 0.0)

@@ -167,7 +167,8 @@ def reached(comparison: Comparison, found: Spread) -> bool | None:
 
 def table(case: Case) -> str:
     """Medians, the outermost values and the ratios of a case, with its aims and who was left out."""
-    names = [sample.contender for sample in case.samples] + [comparison.name for comparison in case.comparisons]
+    names = [name for sample in case.samples for name in (sample.contender, sample.quantity)]
+    names += [comparison.name for comparison in case.comparisons]
     width = max((len(name) for name in names), default=0)
     lines = [f"{case.name}: {case.title}"]
     for quantity in dict.fromkeys(sample.quantity for sample in case.samples):

@@ -130,6 +130,7 @@ def choose(page: Any, place: str, option: str) -> None:
     """Takes an option of a dropdown."""
     page.locator(f"{place} input").click()
     page.get_by_role("option", name=option).click()
+    page.wait_for_function("!document.querySelector('[role=option]')")  # the next list must be the only one
 
 
 def set_number(page: Any, place: str, value: float) -> None:

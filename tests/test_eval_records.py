@@ -87,7 +87,7 @@ def test_every_result_file_has_the_same_fields(run, tiny, tmp_path, monkeypatch)
         assert len(record["model"]["shots"]) == shots
         assert record["command"].endswith(f"--shots {shots} --seed 3 --json {out}")
         assert record["versions"]["torch"]
-        assert record["seconds"] > 0
+        assert 0 <= record["seconds"] < 600  # a tenth is as fine as it gets
         assert all(isinstance(one, dict) for one in record["predictions"])
         assert len(record["predictions"]) == (2 if command is instruct else 1)
 

@@ -592,7 +592,7 @@ def test_absent_peers_are_named_and_the_rest_goes_on(
 def test_number_formats_that_are_not_offered_are_named(
     small: Tiny, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quick: None, threads: None
 ) -> None:
-    monkeypatch.setattr(speed_decoding, "DTYPES", ("float32", "int3"))
+    monkeypatch.setattr(speed_decoding, "DTYPES", ("auto", "float32", "int3"))
     without(monkeypatch, "transformers")
     arguments = options(small)
     arguments[arguments.index("--dtype") + 1] = "auto"
