@@ -49,8 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
         "answer",
         "answer a question about a photo",
         'answer --image assets/images/hopper.jpg --question "What is she wearing?" --choices "a hat" "a helmet"\n\n'
-        "The default adapter learnt from indoor photos (objects, colours, counts) and from captions of people and dogs.\n"
-        "It answers in a few words, and of other photos it often guesses.",
+        "The default adapter learnt from indoor photos (objects, colours, counts) and from captions of people and\n"
+        "dogs. It answers in a few words, and of other photos it often guesses.",
         run_answer,
     )
     answer.add_argument("--image", metavar="PATH", required=True)

@@ -342,7 +342,9 @@ def test_those_who_wait_hear_how_many_are_ahead(make, held):
     assert heard[0].prompt_tokens > 3
     second.cancel()
     held.set()
-    assert next(third) == Update(0, "waiting", "", None, heard[1].prompt_tokens, 0, 0, pytest.approx(5, abs=5))
+    moved = next(third)  # an update that nobody read is replaced by the next: on a slow machine the text has begun
+    assert (moved.index, moved.ahead, moved.prompt_tokens) == (0, 0, heard[1].prompt_tokens)
+    assert moved.state in ("waiting", "writing")
     assert [update.finish for update in second] == ["cancelled"]
     first.cancel()
     assert {update.finish for update in last(third).values()} == {"length"}
