@@ -389,6 +389,20 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     assert (tmp_path / "checkpoint-000002.pt").read_bytes() == before
 
 
+def test_a_checkpoint_from_before_a_setting_was_there_had_its_default(tmp_path):
+    """Guards against a new setting, off by default, that makes every run begun before it useless."""
+    with pytest.raises(Killed):
+        interrupt_at(trainer(tmp_path), 5, lambda: (_ for _ in ()).throw(Killed)).train()
+    (path,) = checkpoints(tmp_path)
+    state = torch.load(path, weights_only=True)
+    del state["config"]["whiten"]
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="was made with another whiten; choose another --out"):
+        trainer(tmp_path, whiten=2).train()
+    trainer(tmp_path).train()
+    assert [line["step"] for line in log_of(tmp_path) if line.get("event") == "resume"] == [state["step"]]
+
+
 def test_settings_that_do_not_change_what_is_learnt_may_change(tmp_path):
     """More memory, another machine, fewer checkpoints: no reason to begin anew."""
     with pytest.raises(Killed):

@@ -278,9 +278,11 @@ def is_trained(run: Run, hashes: list[str]) -> bool:
     from training.engine import FREE
 
     facts = read_about(run.adapter).training
-    kept, wanted = facts.get("run", {}), json.loads(json.dumps(dataclasses.asdict(run.config)))  # lists, no tuples
+    # Lists, no tuples; a setting that came after the run was at its default.
+    default, wanted = (json.loads(json.dumps(dataclasses.asdict(config))) for config in (RunConfig(), run.config))
+    kept = default | facts.get("run", {})
     free = set(FREE) - {"ship"}  # training may go on with another choice of weights, a finished one has made it
-    changed = [name for name in wanted if name not in free and kept.get(name) != wanted[name]]
+    changed = [name for name in wanted if name not in free and kept[name] != wanted[name]]
     changed += ["data"] if facts.get("data_hash") != hashes else []
     if changed:
         raise ValueError(

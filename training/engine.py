@@ -355,7 +355,8 @@ class Trainer:
         path = found[-1]
         state = _load(path)
         settings = dataclasses.asdict(self.config)
-        changed = [key for key in settings if key not in FREE and settings[key] != state["config"].get(key)]
+        kept = dataclasses.asdict(RunConfig()) | state["config"]  # a setting that came later was at its default
+        changed = [key for key in settings if key not in FREE and settings[key] != kept[key]]
         if changed:
             raise ValueError(
                 f"{path} was made with another {', '.join(changed)}; choose another --out, or the settings it has"
