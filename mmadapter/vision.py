@@ -211,6 +211,7 @@ class ImageProjection(nn.Module):
             components = self.feature_whitening.shape[1]
             largest = torch.arange(len(variances) - 1, len(variances) - 1 - components, -1, device=variances.device)
             whitening = directions[:, largest] / (variances[largest].clamp_min(0) + WHITENING_FLOOR).sqrt()
+            whitening[:, variances[largest] < 1e-6] = 0.0  # such directions are rounding's, another at every run
             self.feature_whitening.copy_(whitening)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:

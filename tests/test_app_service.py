@@ -86,7 +86,9 @@ def busy_places(service: Service) -> int:
 
 
 def log_lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log").read_text().splitlines()]
+    """The lines that are whole: the service may be writing the next."""
+    whole, _, _ = (folder / "log").read_text(encoding="utf-8").rpartition("\n")
+    return [json.loads(line) for line in whole.split("\n") if line]
 
 
 @pytest.fixture

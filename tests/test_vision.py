@@ -287,9 +287,7 @@ def test_projection_whitens() -> None:
 def test_fewer_images_than_components_whiten_what_there_is() -> None:
     projection = projection_of(components=5)
     projection.set_statistics(torch.tensor([[0.0, 1, 2, 3, 4, 5], [1.0, 1, 2, 3, 4, 5]]))
-    assert projection.feature_whitening.isfinite().all()
-    white = (torch.eye(6) - projection.feature_mean) / projection.feature_std @ projection.feature_whitening
-    assert white.abs().max() < 200
+    assert projection.feature_whitening.count_nonzero(dim=0).tolist() == [1, 0, 0, 0, 0]
 
 
 def test_more_components_than_features_are_an_error() -> None:
