@@ -25,7 +25,7 @@ from eval.hipe import (
 from eval.ner_metrics import MATCHES, Counts, count_spans, scores
 from eval.ner_model import BATCH_SIZE, MAX_NEW_TOKENS, ask_model
 from eval.ner_texts import OTHER, PROMPTS, REPAIRED, UNPARSED, Parsed, likely_prompt, parse, read_texts
-from eval.records import kept_model, note, prepare_outputs, result_record
+from eval.records import add_out_option, check_options, kept_model, note, prepare_outputs, result_record
 from mmadapter.captions import read_text
 from mmadapter.options import Parser, add_model_options, main_with_errors
 from mmadapter.prompts import TEMPLATES
@@ -53,18 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(arguments)
-    if (args.predictions is None) == (args.adapter is None):
-        parser.error("give either --predictions FILE or --adapter A (none is the base model)")
-    given = [name for name in MODEL_ONLY if getattr(args, name) is not None]
-    if args.predictions is not None and given:
-        parser.error(f"--{given[0].replace('_', '-')} is about a model that answers; it goes with --adapter")
+    check_options(
+        parser, args, model_only=MODEL_ONLY, from_one=("batch_size", "limit", "max_new_tokens", "passage_words")
+    )
     if args.adapter is not None and args.column != COLUMN:
         parser.error(f"a model is asked for the entities of {COLUMN}; --column {args.column} goes with --predictions")
     if args.shots and args.train is None:
         parser.error("--shots needs examples; give a TSV of them with --train")
-    for name in ("batch_size", "limit", "max_new_tokens", "passage_words"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     command = shlex.join(["python", "-m", "eval.ner", *arguments])
     return main_with_errors(lambda: run(args, command), args.debug)
 
@@ -102,12 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--seed", type=int, default=0, help="chooses the shots (default: %(default)s)")
     group.add_argument("--batch-size", metavar="N", type=int, help=f"passages at once (default: {BATCH_SIZE})")
     group.add_argument("--max-new-tokens", metavar="N", type=int, help=f"longest answer (default: {MAX_NEW_TOKENS})")
-    group.add_argument(
-        "--out",
-        metavar="FILE",
-        type=Path,
-        help="keep the model's answers as JSON lines; a run that was stopped goes on from there",
-    )
+    add_out_option(group)
     add_model_options(parser)
     return parser
 

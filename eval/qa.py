@@ -15,7 +15,7 @@ from eval import qa_metrics
 from eval.qa_files import Question, of_split, read_answers, read_gold
 from eval.qa_metrics import WUPS_THRESHOLDS, Similarity
 from eval.qa_model import BATCH_SIZE, ask_model
-from eval.records import check_options, kept_model, note, prepare_outputs, result_record
+from eval.records import add_out_option, check_options, kept_model, note, prepare_outputs, result_record
 from mmadapter.options import Parser, add_model_options, main_with_errors
 from mmadapter.prompts import TEMPLATES
 from mmadapter.record import file_sha256, write_json
@@ -73,12 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--seed", type=int, default=0, help="chooses the shots (default: %(default)s)")
     group.add_argument("--batch-size", metavar="N", type=int, help=f"questions at once (default: {BATCH_SIZE})")
     group.add_argument("--max-new-tokens", metavar="N", type=int, help="longest answer (default: the adapter's, or 30)")
-    group.add_argument(
-        "--out",
-        metavar="FILE",
-        type=Path,
-        help="keep the model's answers as JSON lines; a run that was stopped goes on from there",
-    )
+    add_out_option(group)
     add_model_options(parser)
     return parser
 

@@ -43,6 +43,16 @@ def check_options(
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
 
 
+def add_out_option(group: argparse._ArgumentGroup) -> None:
+    """Adds `--out`, the file of `kept_answers`."""
+    group.add_argument(
+        "--out",
+        metavar="FILE",
+        type=Path,
+        help="keep the model's answers as JSON lines; a run that was stopped goes on from there",
+    )
+
+
 def result_record(
     args: argparse.Namespace,
     command: str,

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.records import check_options, kept_model, note, prepare_outputs, result_record
+from eval.records import add_out_option, check_options, kept_model, note, prepare_outputs, result_record
 from eval.scienceqa_model import NORMALISATIONS, SCORES, ask_model, data_hash
 from mmadapter.captions import named, read_text
 from mmadapter.options import Parser, add_model_options, main_with_errors
@@ -100,12 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--shots", type=int, choices=range(4), help="train questions with answers shown first")
     group.add_argument("--batch-size", metavar="N", type=int, help="questions at once (default: 16)")
-    group.add_argument(
-        "--out",
-        metavar="FILE",
-        type=Path,
-        help="keep the model's answers as JSON lines; a run that was stopped goes on from there",
-    )
+    add_out_option(group)
     add_model_options(parser)
     return parser
 
