@@ -117,7 +117,7 @@ def take(url: str, out: Path, chromium: str) -> None:
         shoot(page, out / "ask.png")
 
         page = visit(DESK, "/?tab=chat", color_scheme="dark")
-        page.locator("#chat-text textarea").fill("Tell me about alpacas.")
+        page.locator("#chat-text textarea").fill("Give me two tips for taking better photos.")
         page.keyboard.press("Enter")
         page.get_by_text("tokens ·").wait_for()
         shoot(page, out / "chat.png")
