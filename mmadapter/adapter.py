@@ -54,13 +54,12 @@ class PromptKV:
         """
         B, H, T, D = q.shape
         G = self.key.shape[1]
-        grouped = q.reshape(B, G, H // G * T, D)
-        scores = grouped @ self.key.transpose(2, 3) * D**-0.5  # [B, G, H/G * T, K]
+        scores = q.reshape(B, G, H // G * T, D) @ (self.key * D**-0.5).transpose(2, 3)  # [B, G, H/G * T, K]
         if self.mask is not None:
             scores = scores.masked_fill(~self.mask[:, None, None, :], float("-inf"))
-        weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-        out = (weights @ self.value).view(B, H, T, D)
-        return self.gate[:, :, None, None] * out
+        weights = F.softmax(scores, dim=-1).view(B, H, T, -1)
+        gated = self.gate[:, :, None, None] * weights  # narrower than the values
+        return (gated.view(B, G, H // G * T, -1) @ self.value).view(B, H, T, D)
 
     def select(self, rows: Tensor) -> PromptKV:
         """The rows of index `rows` [B']; what all rows share stays shared."""
@@ -85,6 +84,13 @@ class Prompts:
     layers: tuple[PromptKV | None, ...]
     tuning: tuple[LayerTuning, ...]
     norm: Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        """How many rows these are for; 1 fits any number."""
+        tensors = [part for layer in self.layers if layer is not None for part in (layer.key, layer.value, layer.gate)]
+        tensors += [] if self.norm is None else [self.norm]  # the norm's stands for all of the tuning
+        return max(map(len, tensors), default=1)
 
 
 class Adapter(nn.Module):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmadapter.config import LlamaConfig
+from mmadapter.normalise import normalise
 
 if TYPE_CHECKING:
     from mmadapter.adapter import PromptKV, Prompts
@@ -33,21 +34,21 @@ def rope_table(config: LlamaConfig, positions: Tensor, dtype: torch.dtype) -> tu
         dtype: Of the result; the angles themselves are computed in float32.
 
     Returns:
-        Two tensors [1, T, D/2] or [B, T, D/2].
+        Two tensors [1 or B, 1, T, D], as `rotate` takes them: the sines of the first half are negative.
     """
     exponents = torch.arange(0, config.head_width, 2, device=positions.device, dtype=torch.float32) / config.head_width
     frequencies = config.rope_theta**-exponents  # [D/2]
     if config.rope_divisors is not None:
         frequencies = frequencies / torch.tensor(config.rope_divisors, device=positions.device)
     angles = torch.atleast_2d(positions).float()[..., None] * frequencies  # [1 or B, T, D/2]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1).to(dtype)[:, None], torch.cat((-sin, sin), -1).to(dtype)[:, None]
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotates each pair (i, i + D/2) of [B, heads, T, D]: the halves convention of Hugging Face checkpoints."""
-    cos, sin = (table[:, None] for table in rope)  # [B, 1, T, D/2]
-    first, second = x.chunk(2, dim=-1)  # [B, heads, T, D/2] each
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)  # [B, heads, T, D]
+    cos, sin = rope
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -73,19 +74,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=H > G
         )
-    scores = (q.reshape(B, G, H // G * T, D) @ k.transpose(2, 3)).view(B, H, T, S) * D**-0.5
-    if mask is None and T > 1:
+    if mask is None:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)  # [B, H, T, S]
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
+    scores = ((q * D**-0.5).reshape(B, G, H // G * T, D) @ k.transpose(2, 3)).view(B, H, T, S)
+    weights = F.softmax(scores + bias, dim=-1)  # [B, H, T, S]
     return (weights.view(B, G, H // G * T, S) @ v).view(B, H, T, D)
 
 
 class KVCache:
     """Keys and values of the tokens seen so far, in room set aside for `capacity` tokens.
 
-    Rows share one length; shorter rows are padded on the left and their padding is masked (see `Llama.hidden`).
+    Rows share one length; shorter rows are padded before their last tokens, and the padding is masked (`Llama.hidden`).
     """
 
     def __init__(
@@ -164,9 +164,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, difference: Tensor | None = None) -> Tensor:
         """[B, T, C] -> [B, T, C]; `difference` [1 or B, 1, C] is added to the weight."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return wide.to(x.dtype) * (self.weight if difference is None else self.weight + difference)
+        return normalise(x, self.eps) * (self.weight if difference is None else self.weight + difference)
 
 
 class Attention(nn.Module):
@@ -343,8 +341,8 @@ class Llama(nn.Module):
             tokens: Token ids, [B, T].
             prompts: What an adapter adds (`Adapter.prompts`); None is the base model.
             cache: Earlier tokens; the new ones are appended to it.
-            valid: False where a token, cached or new, is padding, [B, S]. Padding stands on the left of a row; it takes
-                no position and nothing looks at it. None: there is none.
+            valid: False where a token, cached or new, is padding, [B, S]. It takes no position and nothing looks at it;
+                the last token of a row is none. None: there is none.
             checkpointing: Where gradients are on, keeps no more than each block's input for the backward pass, which
                 then runs every block again: one more forward pass for a fraction of the memory.
 

@@ -6,7 +6,6 @@ Shapes: n targets, C width, V vocabulary.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 128  # targets at a time: 25 MB of float32 logits for a vocabulary of 49,152
@@ -22,21 +21,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, smoothing: float) -> Tensor:
         total = torch.zeros((), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        shape = (min(CHUNK, len(hidden)), weight.shape[0])  # memory that is new for each chunk would cost more than it
+        narrow, wide = hidden.new_empty(shape), hidden.new_empty(shape, dtype=torch.float32)
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
-            logits = F.linear(hidden[part], weight).float()  # [chunk, V]
             target, share = targets[part, None], scale[part, None]  # [chunk, 1]
-            normaliser = logits.logsumexp(-1, keepdim=True)
+            rounded = torch.mm(hidden[part], weight.T, out=narrow[: len(target)])  # [chunk, V]
+            logits = wide[: len(target)].copy_(rounded)
             expected = (1 - smoothing) * logits.gather(1, target)
             if smoothing:
                 expected += smoothing * logits.mean(-1, keepdim=True)
-            total += (share * (normaliser - expected)).sum()
+            highest = logits.amax(-1, keepdim=True)
+            powers = logits.sub_(highest).exp_()
+            powers_sum = powers.sum(-1, keepdim=True)
+            total += (share * (highest + powers_sum.log() - expected)).sum()
             if gradient is not None:  # softmax - (1 - smoothing) * one_hot - smoothing / V
-                slope = logits.sub_(normaliser).exp_()
-                slope.scatter_add_(1, target, torch.full_like(share, smoothing - 1))
+                slope = powers.mul_(share / powers_sum)
+                slope.scatter_add_(1, target, share * (smoothing - 1))
                 if smoothing:
-                    slope -= smoothing / slope.shape[1]
-                gradient[part] = slope.mul_(share).to(hidden.dtype) @ weight
+                    slope -= share * (smoothing / slope.shape[1])
+                gradient[part] = rounded.copy_(slope) @ weight
         ctx.gradient = gradient
         return total
 

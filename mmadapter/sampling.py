@@ -19,6 +19,7 @@ from mmadapter.adapter import Prompts, select_prompts
 from mmadapter.llama import KVCache, Llama
 
 MIN_TEMPERATURE = 1e-30  # what a lower one counts as: it must not be 0 in float32
+SHARED = 32  # tokens from which on the common beginning of a batch is read by itself
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Sampling:
 def prefill(
     llama: Llama, rows: Sequence[Sequence[int]], new_tokens: int, prompts: Prompts | None
 ) -> tuple[KVCache, Tensor | None, Tensor]:
-    """Reads the prompts of a batch, padded on the left.
+    """Reads the prompts of a batch. What all rows begin with, such as examples, is read once; then padding follows.
 
     Returns:
         The cache with room for `new_tokens` more, the mask of real tokens [B, T] (None where no row is padded), and the
@@ -82,16 +83,30 @@ def prefill(
     """
     if not rows or not all(rows):
         raise ValueError("every row of a batch needs at least one token")
-    longest = max(len(row) for row in rows)
-    padded = [[0] * (longest - len(row)) + list(row) for row in rows]
-    tokens = torch.tensor(padded, device=llama.device)  # [B, T]
+    B, longest = len(rows), max(len(row) for row in rows)
+    shared = _shared_length(rows) if prompts is None or prompts.batch == 1 else 0
+    lengths = torch.tensor([len(row) for row in rows], device=llama.device)
     valid = None
-    if any(len(row) < longest for row in rows):
-        lengths = torch.tensor([len(row) for row in rows], device=llama.device)
-        valid = torch.arange(longest, device=llama.device) >= longest - lengths[:, None]  # [B, T]
-    cache = llama.new_cache(len(rows), longest + new_tokens)
-    hidden = llama.hidden(tokens, prompts=prompts, cache=cache, valid=valid)
+    if int(lengths.min()) < longest:
+        places = torch.arange(longest, device=llama.device)
+        valid = (places < shared) | (places >= longest - lengths[:, None] + shared)  # [B, T]
+    cache = llama.new_cache(1 if shared else B, longest + new_tokens)
+    if shared:
+        llama.hidden(torch.tensor([rows[0][:shared]], device=llama.device), prompts=prompts, cache=cache)
+        cache.select(torch.zeros(B, dtype=torch.long, device=llama.device))
+    padded = [[0] * (longest - len(row)) + list(row[shared:]) for row in rows]
+    hidden = llama.hidden(torch.tensor(padded, device=llama.device), prompts=prompts, cache=cache, valid=valid)
     return cache, valid, llama.logits(hidden[:, -1])
+
+
+def _shared_length(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with, the last of a row left to be read; 0 where they are too few to pay."""
+    if len(rows) == 1:
+        return 0
+    first, *_, last = sorted(map(list, rows))  # what these two share, all share
+    most = min(len(row) for row in rows) - 1
+    shared = next((place for place in range(most) if first[place] != last[place]), most)
+    return shared if shared >= SHARED else 0
 
 
 def row_limits(llama: Llama, rows: Sequence[Sequence[int]], sampling: Sampling) -> list[int]:

@@ -19,7 +19,7 @@ from mmadapter.beam import beam_search
 from mmadapter.config import TUNES, AdapterConfig, LlamaConfig
 from mmadapter.generate import Generated, StopText, generate, stream
 from mmadapter.llama import Llama
-from mmadapter.sampling import Sampler, Sampling
+from mmadapter.sampling import Sampler, Sampling, prefill
 from mmadapter.tokenizer import Tokenizer
 from mmadapter.vision import ImageProjection
 from mmadapter.vocabulary import Vocabulary
@@ -607,3 +607,54 @@ def test_rows_that_ended_before_the_cancelling_keep_their_reason(monkeypatch):
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**settings)
+
+
+# ---- What all rows begin with is read once.
+
+BEGINNING = [7, 7, 2, 9, 1, 12]
+BEGUN = {
+    "rows of several lengths": [[*BEGINNING, *row] for row in ROWS],
+    "rows of one length": [[*BEGINNING, 3, 1], [*BEGINNING, 4, 1]],
+    "one row ends where the others go on": [[*BEGINNING, 5], [*BEGINNING, 5, 3]],
+    "equal rows": [[*BEGINNING, 5], [*BEGINNING, 5]],
+}
+
+
+@pytest.mark.parametrize("tune", [None, *TUNES])
+@pytest.mark.parametrize("rows", BEGUN.values(), ids=BEGUN)
+@torch.no_grad()
+def test_a_common_beginning_is_read_once(
+    rows: list[list[int]], tune: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = make_llama()
+    prompts = None if tune is None else make_prompts(llama, None, tune)
+    _, _, apart = prefill(llama, rows, 3, prompts)
+    read, hidden = [], llama.hidden
+    monkeypatch.setattr(llama, "hidden", lambda tokens, **more: read.append(tokens.shape) or hidden(tokens, **more))
+    monkeypatch.setattr(sampling_module, "SHARED", 5)
+    cache, valid, together = prefill(llama, rows, 3, prompts)
+    torch.testing.assert_close(together, apart)
+    longest = max(map(len, rows))
+    begun = next(shape[1] for shape in read if shape[0] == 1)
+    assert begun >= 6
+    assert read == [(1, begun), (len(rows), longest - begun)]
+    assert cache.length == longest
+    assert cache.keys.shape[1] == len(rows)
+    assert valid is None or valid.sum(1).tolist() == [len(row) for row in rows]
+    sampling = Sampling(max_new_tokens=4)
+    shared = generate(llama, make_tokenizer(), rows, sampling, prompts)
+    monkeypatch.setattr(sampling_module, "SHARED", 50)
+    assert shared == generate(llama, make_tokenizer(), rows, sampling, prompts)
+
+
+@pytest.mark.parametrize("tune", TUNES)
+@torch.no_grad()
+def test_rows_with_pictures_of_their_own_share_nothing(tune: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling_module, "SHARED", 5)
+    llama = make_llama()
+    rows = BEGUN["rows of several lengths"]
+    prompts = make_prompts(llama, len(rows), tune)
+    _, _, logits = prefill(llama, rows, 3, prompts)
+    for index, row in enumerate(rows):
+        alone = prefill(llama, [row], 3, select_prompts(prompts, torch.tensor([index])))[2]
+        torch.testing.assert_close(logits[index], alone[0])

@@ -9,8 +9,9 @@ from weight_files import DIVISORS, SCALING, huggingface_model, random_state, wit
 
 from mmadapter import llama as llama_module
 from mmadapter.config import TUNES, LlamaConfig
-from mmadapter.llama import KVCache, Llama, attend
+from mmadapter.llama import KVCache, Llama, RMSNorm, attend
 from mmadapter.model import AdaptedLlama
+from mmadapter.normalise import normalise
 from mmadapter.weights import expected_shapes, load_state_dict, open_weights, store
 
 # What is changed in the tiny LLaMA (grouped queries, untied, heads wider than C / H), and transformers' words for it.
@@ -237,3 +238,26 @@ def test_an_adapter_leaves_the_base_as_it_is(tied: bool, tune: str) -> None:
     assert torch.equal(model(tokens), logits)
     own = [name for name in adapter.state_dict() if not name.startswith("tuning.")]
     assert own == ["prompt", "gate"]
+
+
+# ---- The norm.
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_norm_is_its_formula(gradient: bool) -> None:
+    norm = RMSNorm(8, 1e-5)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1)).requires_grad_(gradient)
+    expected = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight.double()
+    torch.testing.assert_close(norm(x).double(), expected, atol=1e-6, rtol=0)
+
+
+def test_the_norms_gradient_is_the_formulas() -> None:
+    x = torch.randn(2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).mul_(0.01)
+    upstream = torch.randn(2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    plain = x.clone().requires_grad_()
+    (plain / (plain.square().mean(-1, keepdim=True) + 1e-5).sqrt()).backward(upstream)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        ours = x.to(dtype).requires_grad_()
+        normalise(ours, 1e-5).backward(upstream.to(dtype))
+        assert (ours.grad.double() - plain.grad).norm() < tolerance * plain.grad.norm()

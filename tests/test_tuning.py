@@ -79,7 +79,8 @@ def test_without_tuning_the_plain_model_runs(monkeypatch: pytest.MonkeyPatch) ->
     llama, tokens = tiny.llama(), tiny.tokens(2, 6)
     calls, addcmul = [], torch.addcmul
     monkeypatch.setattr(llama_module.torch, "addcmul", lambda *args: calls.append(1) or addcmul(*args))
-    for tune, expected in (("prompts", 0), (TUNE, 3 * 7 + 2 * 2)):  # linears, and W_k P and W_v P of two layers
+    turned = 3 * 2  # queries and keys of each layer, by the rotary angles
+    for tune, expected in (("prompts", turned), (TUNE, turned + 3 * 7 + 2 * 2)):  # linears, W_k P, W_v P of two layers
         prompts = tiny.adapter(llama.config, tune=tune).prompts(llama)
         calls.clear()
         llama(tokens, prompts=tiny.adapter(llama.config, tune=tune).prompts(llama))
