@@ -53,12 +53,12 @@ def build_ask_tab(tasks: Tasks) -> None:
                 go = gr.Button("Ask", variant="primary", scale=3, elem_id="ask-go")
                 stop = controls.stop_button(current)
             result = gr.HTML(HINT, elem_id="ask-result")
-            controls.judge_row(tasks, outcome)
+            judging = controls.judge_row(tasks, outcome)
             earlier = gr.HTML("")
     model = controls.model_controls(tasks, "answer")
     with gr.Accordion("Settings", open=False):
         decoding = controls.decoding_controls(tasks, "answer")
-    refresh = controls.inside_panel(tasks, outcome)
+    looking = controls.inside_panel(tasks, outcome)
     panel = controls.Panel(result, outcome, stop, current)
 
     def write(
@@ -89,7 +89,9 @@ def build_ask_tab(tasks: Tasks) -> None:
 
     inputs = [picture, question, choices, history, asked, current, *model, *decoding]
     outputs = [*panel.outputs, question, history, earlier, asked]
-    refresh(gr.on([go.click, question.submit], write, inputs, outputs, trigger_mode="multiple", **controls.QUIET))
+    answering = gr.on([go.click, question.submit], write, inputs, outputs, trigger_mode="multiple", **controls.QUIET)
+    judging(answering)
+    looking(answering)
     picture.change(cleared, None, [result, outcome, asked, history, earlier], **controls.QUIET)
 
 

@@ -27,7 +27,7 @@ def build_caption_tab(tasks: Tasks) -> None:
             with gr.Row(elem_classes="actions"):
                 go = gr.Button("Caption", variant="primary", scale=3, elem_id="caption-go")
                 stop = controls.stop_button(current)
-            controls.judge_row(tasks, outcome)
+            judging = controls.judge_row(tasks, outcome)
     model = controls.model_controls(tasks, "caption")
     with gr.Accordion("Settings", open=False):
         count = gr.Slider(
@@ -40,7 +40,7 @@ def build_caption_tab(tasks: Tasks) -> None:
             elem_id="caption-count",
         )
         decoding = controls.decoding_controls(tasks, "caption")
-    refresh = controls.inside_panel(tasks, outcome)
+    looking = controls.inside_panel(tasks, outcome)
     panel = controls.Panel(result, outcome, stop, current)
     inputs = [picture, current, count, *model, *decoding]
 
@@ -55,8 +55,10 @@ def build_caption_tab(tasks: Tasks) -> None:
         else:
             yield from write(path, *values)
 
-    refresh(go.click(write, inputs, panel.outputs, trigger_mode="multiple", **controls.QUIET))
-    refresh(picture.change(arrived, inputs, panel.outputs, trigger_mode="multiple", **controls.QUIET))
+    for event, answer in ((go.click, write), (picture.change, arrived)):
+        answering = event(answer, inputs, panel.outputs, trigger_mode="multiple", **controls.QUIET)
+        judging(answering)
+        looking(answering)
     _many_files(tasks, model, decoding)
 
 

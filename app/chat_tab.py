@@ -86,7 +86,7 @@ def build_chat_tab(tasks: Tasks) -> None:
                 )
                 send = gr.Button("Send", variant="primary", scale=2, elem_id="chat-send")
                 stop = controls.stop_button(current)
-            controls.judge_row(tasks, outcome)
+            judging = controls.judge_row(tasks, outcome)
         with gr.Column(scale=4, min_width=280):
             picture = picture_input("Picture (optional)", 200, elem_id="chat-picture")
             system = gr.Textbox(
@@ -101,7 +101,7 @@ def build_chat_tab(tasks: Tasks) -> None:
     model = controls.model_controls(tasks, "chat")
     with gr.Accordion("Settings", open=False):
         decoding = controls.decoding_controls(tasks, "chat")
-    refresh = controls.inside_panel(tasks, outcome)
+    looking = controls.inside_panel(tasks, outcome)
 
     def answer(before: Talk, said: str, values: Sequence[Any]) -> Iterator[dict]:
         """Adds a turn and writes its answers."""
@@ -112,8 +112,10 @@ def build_chat_tab(tasks: Tasks) -> None:
         who, how = controls.sides(*rest[:4]), controls.settings(*rest[4:])
         after = (*before, Turn(said.strip()))
         asked = [spoken(after, side, prompt) for side in range(len(who))]
-        first = True
+        first, turn = True, running.turn()
         for state in tasks.chat(asked, path, who, how, running):
+            if running.turns != turn:  # undone, or another answer was asked for meanwhile
+                return
             update: dict = {text: ""} if first and not state.error else {}
             first = False
             if state.error:
@@ -127,6 +129,7 @@ def build_chat_tab(tasks: Tasks) -> None:
                 stop: gr.Button(interactive=not state.done),
             }
 
+    ended = {outcome: None, status: controls.thanks(""), stop: gr.Button(interactive=False)}
     context = [picture, system, current, *model, *decoding]
     outputs = [*chatbots, talk, text, outcome, status, stop]
 
@@ -141,19 +144,19 @@ def build_chat_tab(tasks: Tasks) -> None:
         yield from answer(before[: _turn(event.index)], str(event.value), values)
 
     def undo(event: gr.UndoData, before: Talk, running: Any, *model: Any) -> dict:
+        running.turn()
         running.stop()
         turn = _turn(event.index)
         kept = before[:turn]
-        return {talk: kept, text: before[turn].user, outcome: None, status: controls.thanks("")} | _shown(
-            chatbots, kept, controls.sides(*model)
-        )
+        return ended | {talk: kept, text: before[turn].user} | _shown(chatbots, kept, controls.sides(*model))
 
     def start(event: gr.SelectData, before: Talk, *values: Any) -> Iterator[dict]:
         yield from answer(before, event.value["text"], values)
 
     def forget(running: Any, *model: Any) -> dict:
+        running.turn()
         running.stop()
-        return {talk: (), outcome: None, status: controls.thanks("")} | _shown(chatbots, (), controls.sides(*model))
+        return ended | {talk: ()} | _shown(chatbots, (), controls.sides(*model))
 
     def compared(before: Talk, *model: Any) -> dict:
         return _shown(chatbots, before, controls.sides(*model))
@@ -170,15 +173,20 @@ def build_chat_tab(tasks: Tasks) -> None:
         return judged
 
     quiet = controls.QUIET
-    refresh(gr.on([send.click, text.submit], say, [text, talk, *context], outputs, trigger_mode="multiple", **quiet))
+    answering = [
+        gr.on([send.click, text.submit], say, [text, talk, *context], outputs, trigger_mode="multiple", **quiet)
+    ]
     for side, chatbot in enumerate(chatbots):
-        refresh(chatbot.retry(retry, [talk, *context], outputs, **quiet))
-        refresh(chatbot.edit(edit, [talk, *context], outputs, **quiet))
-        refresh(chatbot.example_select(start, [talk, *context], outputs, **quiet))
-        chatbot.undo(undo, [talk, current, *model], [*chatbots, talk, text, outcome, status], **quiet)
+        answering.append(chatbot.retry(retry, [talk, *context], outputs, **quiet))
+        answering.append(chatbot.edit(edit, [talk, *context], outputs, **quiet))
+        answering.append(chatbot.example_select(start, [talk, *context], outputs, **quiet))
+        chatbot.undo(undo, [talk, current, *model], outputs, **quiet)
         if tasks.feedback is not None:
             chatbot.like(judge(side), talk, status, queue=False, **quiet)
-    gr.on([new.click, chatbots[0].clear], forget, [current, *model], [*chatbots, talk, outcome, status], **quiet)
+    for event in answering:
+        judging(event)
+        looking(event)
+    gr.on([new.click, chatbots[0].clear], forget, [current, *model], outputs, **quiet)
     for control in (model[0], model[2]):
         control.change(compared, [talk, *model], chatbots, **quiet)
 

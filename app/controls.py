@@ -134,20 +134,23 @@ def new_current() -> gr.State:
     return gr.State(Current(), delete_callback=lambda current: current.stop())
 
 
-def judge_row(tasks: Tasks, outcome: gr.State) -> None:
-    """Thumbs and a comment on the answer, the first of several; nothing where feedback is not kept."""
-    if tasks.feedback is None:
-        return
+def judge_row(tasks: Tasks, outcome: gr.State) -> Callable[[Any], None]:
+    """Thumbs and a comment on the answer, or on the chosen one of several; nothing where feedback is not kept.
 
-    def judge(verdict: str | None) -> Callable[[Outcome | None, str], tuple[str, str]]:
-        def kept(shown: Outcome | None, comment: str) -> tuple[str, str]:
+    Returns:
+        What to chain after each answer, so that there is one to choose.
+    """
+    if tasks.feedback is None:
+        return lambda event: None
+
+    def judge(verdict: str | None) -> Callable[[Outcome | None, str, int | None], tuple[str, str]]:
+        def kept(shown: Outcome | None, comment: str, place: int | None) -> tuple[str, str]:
             if shown is None or not shown.answers or not shown.done:
                 return thanks("There is no answer to judge yet."), comment
             if verdict is None and not comment.strip():
                 return thanks("Write a comment first."), comment
-            first = shown.answers[0]
-            which = f" It is about the answer of {side_name(first.side)}." if len(shown.answers) > 1 else ""
-            return thanks(tasks.judge(first, verdict, comment) + which), ""
+            chosen = shown.answers[place if place is not None and place < len(shown.answers) else 0]
+            return thanks(tasks.judge(chosen, verdict, comment)), ""
 
         return kept
 
@@ -161,9 +164,19 @@ def judge_row(tasks: Tasks, outcome: gr.State) -> None:
             container=False,
             max_lines=1,
         )
+    which = gr.Radio([("1", 0)], value=0, label="Judges answer", visible=False, elem_classes="judged")
     said = gr.HTML(thanks(""), elem_classes="said")
     for verdict, event in (("up", up.click), ("down", down.click), (None, comment.submit)):
-        event(judge(verdict), [outcome, comment], [said, comment], queue=False, **QUIET)
+        event(judge(verdict), [outcome, comment, which], [said, comment], queue=False, **QUIET)
+
+    def offer(shown: Outcome | None) -> gr.Radio:
+        answers = () if shown is None else shown.answers
+        if len(answers) < 2:
+            return gr.Radio([("1", 0)], value=0, visible=False)
+        names = [f"{number}: {side_name(answer.side)}" for number, answer in enumerate(answers, 1)]
+        return gr.Radio(list(zip(names, range(len(names)), strict=True)), value=0, visible=True)
+
+    return lambda event: event.then(offer, outcome, which, **QUIET)
 
 
 def thanks(text: str) -> str:

@@ -37,6 +37,7 @@ class Current:
     def __init__(self) -> None:
         self._run: Run | None = None
         self.stopped = False
+        self.turns = 0  # of what the session shows: an answer that belongs to an earlier one is shown no more
 
     def start(self, run: Run) -> Run:
         """A session has one run at a time: a new one stops the one before it."""
@@ -49,6 +50,11 @@ class Current:
         self.stopped = True
         if self._run is not None:
             self._run.cancel()
+
+    def turn(self) -> int:
+        """Begins another turn; returns its number."""
+        self.turns += 1
+        return self.turns
 
     def __deepcopy__(self, memo: dict) -> Current:
         return Current()  # every session gets one of its own

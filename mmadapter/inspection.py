@@ -65,7 +65,7 @@ def look_inside(
         ValueError: No adapter is in use, the prompt is empty, the tokens are more than the model's context, the
             features are not of one image, or the adapter does not see.
     """
-    adapter, llama = session._adapter, session.llama
+    adapter, llama = session.adapter_module, session.llama
     if adapter is None:
         raise ValueError("the base model alone has no gates and no prompts to look at; choose an adapter")
     tokens = [*prompt, *answer]

@@ -102,6 +102,7 @@ class Session:
     Attributes:
         strength: Factor on the gates and on what the tuning changes: 0 is the base model, 1 the adapter as trained.
         adapter_name: Of the adapter in use, None for the base model.
+        adapter_module: Its parameters, None for the base model.
         about: The metadata of that adapter, None for the base model.
     """
 
@@ -121,7 +122,7 @@ class Session:
         self.strength = 1.0
         self.adapter_name: str | None = None
         self.about: AdapterFile | None = None
-        self._adapter: Adapter | None = None
+        self.adapter_module: Adapter | None = None
         self._encoder: ImageEncoder | None = None
         self._vision, self._prompt_length, self._gate = vision, prompt_length, gate
         self._features = KeptFeatures()
@@ -145,7 +146,7 @@ class Session:
         Raises:
             ValueError: No adapter is in use, or it does not see.
         """
-        if self._adapter is None:
+        if self.adapter_module is None:
             raise ValueError("the base model alone cannot see; load an adapter with an image encoder (caption)")
         if self._encoder is None:
             raise ValueError(f"adapter {self.adapter_name} was trained without images; load one that sees (caption)")
@@ -158,7 +159,7 @@ class Session:
             FileNotFoundError, ValueError, ConnectionError: As `load`; the adapter in use then stays.
         """
         if name is None:
-            self._adapter = self._encoder = self.about = self.adapter_name = None
+            self.adapter_module = self._encoder = self.about = self.adapter_name = None
             return
         adapter, about = load_adapter(
             name, self.llama.config, self.fingerprint, prompt_length=self._prompt_length, gate=self._gate
@@ -176,7 +177,7 @@ class Session:
                     f"{vision.encoder} gives {sum(encoder.widths)}"
                 )
             self._encoders[vision] = encoder
-        self._adapter, self._encoder = adapter.to(self.llama.device), encoder
+        self.adapter_module, self._encoder = adapter.to(self.llama.device), encoder
         self.about, self.adapter_name = about, str(name)
 
     def with_adapter(self, name: str | Path | None) -> Session:
@@ -228,12 +229,12 @@ class Session:
             ValueError: There is an image and no adapter that sees.
         """
         if all(image is None for image in images):
-            return self._adapter.prompts(self.llama, strength=self.strength) if self._adapter is not None else None
+            return self.adapter_module.prompts(self.llama, strength=self.strength) if self.adapter_module is not None else None
         seen = self.features([image for image in images if image is not None])
         has_image = torch.tensor([image is not None for image in images], device=self.llama.device)
         features = torch.zeros(len(images), seen.shape[1], device=self.llama.device)
         features[has_image] = seen
-        return self._adapter.prompts(self.llama, features, has_image=has_image, strength=self.strength)
+        return self.adapter_module.prompts(self.llama, features, has_image=has_image, strength=self.strength)
 
     @torch.inference_mode()
     def features(self, images: Sequence[ImageSource]) -> Tensor:
@@ -269,7 +270,7 @@ class Session:
         """
         from tqdm import tqdm
 
-        encoder = None if self._adapter is None and examples is not None else self.encoder
+        encoder = None if self.adapter_module is None and examples is not None else self.encoder
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         many = list(images) if isinstance(images, (list, tuple)) else [images]

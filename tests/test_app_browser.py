@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import importlib.util
 import json
@@ -77,6 +78,7 @@ def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    arguments += ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # a camera, allowed
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
         yield chromium
@@ -164,6 +166,34 @@ def test_a_picture_gets_its_caption_word_by_word(desk: Any, site: Site) -> None:
     assert final.startswith(early)
 
 
+def test_a_picture_is_pasted(browser: Any, site: Site) -> None:
+    page = visit(browser, site, DESK)
+    page.wait_for_selector("#caption-go")
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    data = base64.b64encode(site.tiny.picture(1).read_bytes()).decode()
+    page.evaluate(
+        """async (data) => {
+            const picture = await (await fetch("data:image/png;base64," + data)).blob();
+            await navigator.clipboard.write([new ClipboardItem({"image/png": picture})]);
+        }""",
+        data,
+    )
+    page.get_by_label("Paste from clipboard").first.click()
+    assert words(page, "#caption-result") == expected(site, site.tiny.sees, number=1)
+    page.context.close()
+
+
+def test_the_camera_takes_a_picture(browser: Any, site: Site) -> None:
+    page = visit(browser, site, DESK)
+    page.wait_for_selector("#caption-go")
+    page.get_by_label("Capture from camera").first.click()
+    page.locator("#caption-picture").get_by_text("Click to Access Webcam").click()
+    page.wait_for_function("document.querySelector('#caption-picture video')?.videoWidth > 0")
+    page.locator("#caption-picture").get_by_label("capture photo").click()
+    assert words(page, "#caption-result")
+    page.context.close()
+
+
 def test_strength_0_gives_the_words_of_the_base(desk: Any, site: Site) -> None:
     set_number(desk, "#caption-strength", 0)
     desk.click("#caption-go")
@@ -204,6 +234,20 @@ def test_thumbs_and_a_comment_are_kept(desk: Any, site: Site) -> None:
     eventually(lambda: len(site.feedback.read_text().splitlines()) == 2)
     up, comment = (json.loads(line) for line in site.feedback.read_text().splitlines())
     assert (up["verdict"], up["task"], comment["comment"]) == ("up", "caption", "so so")
+
+
+def test_the_chosen_side_of_a_comparison_is_judged(desk: Any, site: Site) -> None:
+    choose(desk, "#caption-against", "Base model")
+    desk.click("#caption-go")
+    desk.wait_for_function("document.querySelectorAll('#caption-result article').length == 2")
+    words(desk, "#caption-result")
+    desk.get_by_label("2: base model").check()
+    desk.get_by_role("button", name="Bad answer").first.click()
+    eventually(lambda: len(site.feedback.read_text().splitlines()) == 3)
+    last = json.loads(site.feedback.read_text().splitlines()[-1])
+    assert last["verdict"] == "down"
+    assert letters(last["text"]) == letters(desk.locator("#caption-result .words").nth(1).text_content())
+    choose(desk, "#caption-against", "Nothing")
 
 
 def test_many_files_become_a_table_and_a_csv(desk: Any, site: Site, tmp_path: Path) -> None:
@@ -276,6 +320,20 @@ def test_retry_and_undo(desk: Any, site: Site) -> None:
     eventually(stop.is_disabled)
     desk.locator("#chat-0 button[aria-label=Undo]").click()
     eventually(lambda: desk.locator("#chat-text textarea").input_value() == "Tell me about alpacas.")
+
+
+def test_undo_while_an_answer_is_written_stays_undone(desk: Any, site: Site) -> None:
+    site.pause[0] = 0.05
+    desk.locator("#chat-text textarea").press("Enter")
+    desk.locator("#chat-0 .bot").first.wait_for()
+    stop = desk.locator("button.stop-now:visible")
+    eventually(stop.is_enabled)
+    desk.locator("#chat-0 button[aria-label=Undo]").click()
+    eventually(lambda: desk.locator("#chat-text textarea").input_value() == "Tell me about alpacas.")
+    eventually(stop.is_disabled)
+    time.sleep(0.5)  # several tokens
+    assert desk.locator("#chat-0 .bot").count() == 0
+    assert stop.is_disabled()
 
 
 def test_everything_has_a_name(desk: Any) -> None:

@@ -122,7 +122,7 @@ def test_losses_of_rows_are_those_of_training(tiny, adapter, data):
         assert float(losses[row]) == pytest.approx(float(expected), rel=1e-4)
     features = None if adapter == "reads" else session.features(pictures)
     with torch.no_grad():
-        total = AdaptedLlama(session.llama, session._adapter)(batch.tokens, batch.labels, features)
+        total = AdaptedLlama(session.llama, session.adapter_module)(batch.tokens, batch.labels, features)
     assert float(losses.sum()) == pytest.approx(float(total), rel=1e-4)
 
 

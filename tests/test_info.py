@@ -67,7 +67,7 @@ def test_a_base_has_the_size_of_the_model_itself(tiny):
 def test_an_adapter_has_the_size_of_its_trained_parameters(tiny, tmp_path, name):
     adapter = getattr(tiny, name)
     text = describe(str(tiny.llama), str(adapter))
-    trained = list(tiny.load(adapter)._adapter.parameters())
+    trained = list(tiny.load(adapter).adapter_module.parameters())
     assert number(text, "trained") == sum(parameter.numel() for parameter in trained)
     assert ("image projection" in text) == ("timm:test_resnet" in text) == (name != "reads")
     assert ("tuned bias, scale and norm of 3" in text) == (" tuning " in text) == (name == "tuned")

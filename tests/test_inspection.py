@@ -25,7 +25,7 @@ SCALES = {"2": 3, "4/2x1": 2, "final": 2}  # scale -> its features, FEATURES in 
 
 def session_of(llama: Llama, adapter: Adapter | None) -> Session:
     session = Session(llama)
-    session._adapter = adapter
+    session.adapter_module = adapter
     if adapter is not None and adapter.projection is not None:
         config = SimpleNamespace(scales=tuple(SCALES))
         session._encoder = SimpleNamespace(config=config, widths=tuple(SCALES.values()))
