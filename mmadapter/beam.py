@@ -12,7 +12,7 @@ import torch
 
 from mmadapter.adapter import Prompts, select_prompts
 from mmadapter.llama import Llama
-from mmadapter.sampling import Sampling, longer, penalised, prefill, row_limits
+from mmadapter.sampling import Sampling, longer, penalised, prefill, row_limits, top_tokens
 
 
 def beam_search(
@@ -54,15 +54,19 @@ def beam_search(
         logits = penalised(
             logits, [[*rows[row], *beam] for row in active for beam in live[row]], sampling.repetition_penalty
         )
-        total = (scores[..., None] + logits.log_softmax(-1).view(len(active), W, V)).flatten(1)  # [B, W * V]
         # Every beam has a candidate for each stop token: of W for each stop and W more, at least W go on.
-        best, index = total.topk(min(W * (len(stops) + 1), W * V), dim=-1)
-        stopped = torch.isin(index % V, stops).tolist()
+        most = W * (len(stops) + 1)
+        values, tokens = top_tokens(logits, min(most, V))  # [B * W, candidates of a beam]
+        each = tokens.shape[1]
+        total = scores.view(-1, 1) + values - logits.logsumexp(-1, keepdim=True)
+        best, index = total.view(len(active), -1).topk(min(most, W * each), dim=-1)  # [B, candidates of a row]
+        chosen = tokens.view(len(active), -1).gather(1, index)
+        stopped = torch.isin(chosen, stops).tolist()
         goes_on, next_scores, next_tokens, parents = [], [], [], []
         for place, row in enumerate(active):
             beams = []
-            for rank, (score, chosen) in enumerate(zip(best[place].tolist(), index[place].tolist(), strict=True)):
-                parent, token = divmod(chosen, V)
+            parts = (best[place].tolist(), (index[place] // each).tolist(), chosen[place].tolist())
+            for rank, (score, parent, token) in enumerate(zip(*parts, strict=True)):
                 if not stopped[place][rank]:
                     beams.append((score, parent, token))
                 elif rank < W and score > float("-inf"):
@@ -76,6 +80,7 @@ def beam_search(
                 next_scores.append([score for score, _, _ in beams])
                 next_tokens += [token for _, _, token in beams]
                 parents += [place * W + parent for _, parent, _ in beams]
+        others = length == 1 or len(goes_on) < len(active)  # else each line stays one of its row
         active = goes_on
         if not active:
             break
@@ -84,8 +89,10 @@ def beam_search(
         # After the prefill a row has one line in the cache, which all its beams come from; later it has W.
         lines = order[parents] if length == 1 else parents
         cache.select(lines)
-        prompts = select_prompts(prompts, lines)
-        valid = None if valid is None else longer(valid[lines])
+        if others:
+            prompts = select_prompts(prompts, lines)
+            valid = None if valid is None else valid[lines]
+        valid = longer(valid)
         step = torch.tensor(next_tokens, device=llama.device)[:, None]  # [B * W, 1]
         logits = llama.logits(llama.hidden(step, prompts=prompts, cache=cache, valid=valid)[:, -1])
     return [(found[0][1], True) if found else (beams[0], False) for found, beams in zip(finished, live, strict=True)]

@@ -108,12 +108,16 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def select(self, rows: Tensor) -> None:
-        """Keeps the rows of index `rows` [B'], in that order; a row may be taken more than once (beam search)."""
-        shape = (self.keys.shape[0], len(rows), *self.keys.shape[2:])
+        """Keeps the rows of index `rows` [B'], in that order; a row may be taken more than once (beam search).
+
+        What stays where it is is not copied, and new memory is taken only where there are more rows than before.
+        """
+        more = len(rows) > self.keys.shape[1]
+        moved = slice(None) if more else (rows != torch.arange(len(rows), device=rows.device)).nonzero().flatten()
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = torch.empty(shape, dtype=old.dtype, device=old.device)
-            new[:, :, :, : self.length] = old[:, rows, :, : self.length]
+            new = old.new_empty((len(old), len(rows), *old.shape[2:])) if more else old[:, : len(rows)]
+            new[:, moved, :, : self.length] = old[:, rows[moved], :, : self.length]
             setattr(self, name, new)
 
 

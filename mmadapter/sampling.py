@@ -19,6 +19,7 @@ from mmadapter.adapter import Prompts, select_prompts
 from mmadapter.llama import KVCache, Llama
 
 MIN_TEMPERATURE = 1e-30  # what a lower one counts as: it must not be 0 in float32
+GROUP = 128  # tokens that are searched together for the largest logits
 SHARED = 32  # tokens from which on the common beginning of a batch is read by itself
 
 
@@ -219,6 +220,21 @@ def penalised(logits: Tensor, seen: Sequence[list[int]], penalty: float) -> Tens
         before = row[ids]
         row[ids] = torch.where(before > 0, before / penalty, before * penalty)
     return logits
+
+
+def top_tokens(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest `count` logits of each row [B, V] and their token ids, both [B, count], largest first.
+
+    They lie in the `count` groups with the largest maxima; to look there alone is, on a CPU, many times faster.
+    """
+    V = logits.shape[1]
+    if logits.device.type != "cpu" or V % GROUP or count * GROUP >= V:
+        return logits.topk(count, dim=-1)
+    grouped = logits.view(len(logits), -1, GROUP)  # [B, groups, GROUP]
+    groups = grouped.amax(-1).topk(count, dim=-1).indices  # [B, count]
+    within = grouped.gather(1, groups[..., None].expand(-1, -1, GROUP)).flatten(1)  # [B, count * GROUP]
+    values, places = within.topk(count, dim=-1)
+    return values, groups.gather(1, places // GROUP) * GROUP + places % GROUP
 
 
 def _nucleus(logits: Tensor, top_k: int, top_p: float) -> Tensor:

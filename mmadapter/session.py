@@ -229,7 +229,8 @@ class Session:
             ValueError: There is an image and no adapter that sees.
         """
         if all(image is None for image in images):
-            return self.adapter_module.prompts(self.llama, strength=self.strength) if self.adapter_module is not None else None
+            made = self.adapter_module
+            return None if made is None else made.prompts(self.llama, strength=self.strength)
         seen = self.features([image for image in images if image is not None])
         has_image = torch.tensor([image is not None for image in images], device=self.llama.device)
         features = torch.zeros(len(images), seen.shape[1], device=self.llama.device)

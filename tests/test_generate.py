@@ -19,7 +19,7 @@ from mmadapter.beam import beam_search
 from mmadapter.config import TUNES, AdapterConfig, LlamaConfig
 from mmadapter.generate import Generated, StopText, generate, stream
 from mmadapter.llama import Llama
-from mmadapter.sampling import Sampler, Sampling, prefill
+from mmadapter.sampling import GROUP, Sampler, Sampling, prefill, top_tokens
 from mmadapter.tokenizer import Tokenizer
 from mmadapter.vision import ImageProjection
 from mmadapter.vocabulary import Vocabulary
@@ -658,3 +658,30 @@ def test_rows_with_pictures_of_their_own_share_nothing(tune: str, monkeypatch: p
     for index, row in enumerate(rows):
         alone = prefill(llama, [row], 3, select_prompts(prompts, torch.tensor([index])))[2]
         torch.testing.assert_close(logits[index], alone[0])
+
+
+# ---- Fast paths of the beam search against the plain ones.
+
+
+@pytest.mark.parametrize("vocabulary", [5 * GROUP, 5 * GROUP + 1, 3 * GROUP])
+def test_the_top_tokens_are_those_of_topk(vocabulary: int) -> None:
+    logits = torch.randn(6, vocabulary, generator=torch.Generator().manual_seed(4))
+    logits[1] = float("-inf")
+    logits[1, [3, 4, GROUP]] = torch.tensor([1.0, 3.0, 2.0])  # fewer than are asked for, two of them in one group
+    values, tokens = top_tokens(logits, 4)
+    assert torch.equal(values, logits.topk(4).values)
+    assert torch.equal(logits.gather(1, tokens), values)
+    assert all(len(set(row)) == 4 for row in tokens.tolist())
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], [2, 0, 1], [1, 1, 1], [2, 1], [1], [0, 0, 1, 1, 2]])
+def test_rows_of_a_cache_are_selected(rows: list[int]) -> None:
+    cache = make_llama().new_cache(3, 4)
+    cache.length = 2
+    for tensor in (cache.keys, cache.values):
+        tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(rows))))
+    expected = [tensor[:, rows, :, :2].clone() for tensor in (cache.keys, cache.values)]
+    cache.select(torch.tensor(rows))
+    for tensor, copied in zip((cache.keys, cache.values), expected, strict=True):
+        assert tensor.shape[1] == len(rows)
+        assert torch.equal(tensor[:, :, :, :2], copied)
