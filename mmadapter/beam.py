@@ -58,7 +58,9 @@ def beam_search(
         most = W * (len(stops) + 1)
         values, tokens = top_tokens(logits, min(most, V))  # [B * W, candidates of a beam]
         each = tokens.shape[1]
-        total = scores.view(-1, 1) + values - logits.logsumexp(-1, keepdim=True)
+        highest = values[:, :1]
+        normaliser = highest + logits.sub_(highest).exp_().sum(-1, keepdim=True).log()  # logsumexp, in the same memory
+        total = scores.view(-1, 1) + values - normaliser
         best, index = total.view(len(active), -1).topk(min(most, W * each), dim=-1)  # [B, candidates of a row]
         chosen = tokens.view(len(active), -1).gather(1, index)
         stopped = torch.isin(chosen, stops).tolist()
