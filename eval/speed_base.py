@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
+import copy
 import ctypes
-import dataclasses
 import gc
 import os
 import sys
@@ -21,8 +20,9 @@ from mmadapter.adapter import Adapter
 from mmadapter.config import AdapterConfig, LlamaConfig
 from mmadapter.info import SHAPES
 from mmadapter.llama import Llama
-from mmadapter.options import load_session, resolve_dtype
-from mmadapter.session import Session
+from mmadapter.options import resolve_dtype
+from mmadapter.packed import pack
+from mmadapter.session import Session, load
 from mmadapter.weights import expected_shapes, open_weights
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ class Base:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self._sessions: dict[str, Session] = {}
+        self._answering: dict[str, Session] = {}
         if setting.shape is not None:
             self.config: LlamaConfig = SHAPES[setting.shape]
             self.path: Path | None = None
@@ -104,7 +105,7 @@ class Base:
         return self.path if self.path is not None and self.path.suffix == ".gguf" else None
 
     def session(self, dtype: str) -> Session:
-        """The base model alone, as `mmadapter.load` gives it.
+        """The base model alone, as `mmadapter.load` gives it: to train on, and with the tensors that the peers share.
 
         Raises:
             ValueError: There is no such number format.
@@ -118,9 +119,23 @@ class Base:
                 model = random_llama(self.config, getattr(torch, dtype), setting.device, setting.seed)
                 self._sessions[dtype] = Session(model, spec=setting.shape)
             else:
-                options = {**dataclasses.asdict(setting), "dtype": dtype, "adapter": None}
-                self._sessions[dtype] = load_session(argparse.Namespace(**options))
+                shape = {"prompt_length": setting.prompt_length, "gate": setting.gate}
+                self._sessions[dtype] = load(setting.llama, None, setting.vision, setting.device, dtype, **shape)
         return self._sessions[dtype]
+
+    def answering(self, dtype: str) -> Session:
+        """The same base as the command line and the app have it: its linears packed where they can be.
+
+        Raises:
+            ValueError, FileNotFoundError, ConnectionError: As `session`.
+        """
+        if dtype not in self._answering:
+            session = copy.copy(self.session(dtype))
+            if dtype in FLOATS:
+                session.llama = Llama.from_state_dict(self.config, session.llama.state_dict())
+                pack(session.llama)
+            self._answering[dtype] = session
+        return self._answering[dtype]
 
     def tokens(self, length: int, rows: int = 1) -> torch.Tensor:
         """Random token ids, [rows, length]: what a token costs does not depend on which one it is."""

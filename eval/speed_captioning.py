@@ -41,7 +41,7 @@ def captioning(setting: Setting, base: Base) -> list[Case]:
     """Captions a second at batch 32 against one at a time, and where the time goes."""
     dtype = setting.float_dtype if setting.dtype == "auto" else setting.dtype
     name = setting.adapter or "caption"
-    alone = base.session(dtype)
+    alone = base.answering(dtype)
     with tempfile.TemporaryDirectory() as folder:
         pictures = gather_pictures(Path(setting.images) if setting.images else PICTURES, BATCH, Path(folder))
 
@@ -176,7 +176,7 @@ def questions(setting: Setting, base: Base) -> list[Case]:
     samples: list[Sample] = []
     with tempfile.TemporaryDirectory() as folder:
         pictures = gather_pictures(Path(setting.images) if setting.images else PICTURES, setting.rounds, Path(folder))
-        session = base.session(dtype).with_adapter(name)
+        session = base.answering(dtype).with_adapter(name)
         session.answer(load_image(pictures[0]).rotate(90), QUESTIONS[0], max_new_tokens=ANSWER_TOKENS, beams=1)  # warm
         for number, picture in enumerate(pictures):
             times, encoded = ask_all(session, picture)

@@ -63,13 +63,13 @@ def _decoding(setting: Setting, base: Base, batch: int) -> Case:
     for dtype in wanted:
         name = f"ours {dtype}"
         try:
-            llama = base.session(dtype).llama
+            llama = base.answering(dtype).llama
         except ValueError as error:
             if dtype in FLOATS or setting.dtype != "auto":
                 raise
             left_out[name] = str(error)
             continue
-        facts[f"{name}, MB of weights"] = round(weight_bytes(llama) / 1e6, 1)
+        facts[f"{name}, MB of weights"] = round(weight_bytes(base.session(dtype).llama) / 1e6, 1)
         made[dtype] = decode(llama, rows, NEW)[1]
         contenders.append(Contender(name, _ours(llama, rows)))
     try:
@@ -151,7 +151,7 @@ def adapter_cost(setting: Setting, base: Base) -> list[Case]:
     from mmadapter.demo import PICTURES
 
     dtype = setting.float_dtype if setting.dtype == "auto" else setting.dtype
-    session = base.session(dtype)
+    session = base.answering(dtype)
     rows = base.tokens(START).tolist()
     facts: dict[str, object] = {"dtype": dtype, "prompt tokens": START, "new tokens": NEW}
     if setting.shape is not None:

@@ -76,7 +76,7 @@ def growth(setting: Setting, base: Base) -> list[Case]:
 def curves(setting: Setting, base: Base) -> list[Curve]:
     """What varies, in sizes that the base's context and depth allow."""
     dtype, config = setting.float_dtype, base.config
-    llama = base.session(dtype).llama
+    llama, answering = base.session(dtype).llama, base.answering(dtype).llama
     item, weights = llama.new_cache(1, 1).keys.element_size(), weight_bytes(llama)
     layers = min(LAYERS, config.layers)
     depths = tuple(sorted({max(1, round(layers * part)) for part in (1 / 30, 1 / 4, 1 / 2, 3 / 4, 1)}))
@@ -84,7 +84,7 @@ def curves(setting: Setting, base: Base) -> list[Curve]:
 
     def generating(rows: int, start: int, new: int) -> Callable[[], object]:
         prompts = base.tokens(start, rows).tolist()
-        return lambda: generate(llama, prompts, new)
+        return lambda: generate(answering, prompts, new)
 
     def training(adapted: int, prompt_length: int) -> Callable[[], object]:
         steps = OurSteps(base, dtype, adapted, prompt_length)

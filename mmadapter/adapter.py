@@ -53,7 +53,13 @@ class PromptKV:
             [B, H, T, D].
         """
         B, H, T, D = q.shape
-        G = self.key.shape[1]
+        G, K = self.key.shape[1:3]
+        if T == 1:  # one kernel in place of several, as `llama.attend`
+            shape, mask = (B, G, K, D), None if self.mask is None else self.mask[:, None, None, :]
+            out = F.scaled_dot_product_attention(
+                q.reshape(B, G, H // G, D), self.key.expand(shape), self.value.expand(shape), attn_mask=mask
+            )
+            return self.gate[:, :, None, None] * out.view(B, H, 1, D)
         scores = q.reshape(B, G, H // G * T, D) @ (self.key * D**-0.5).transpose(2, 3)  # [B, G, H/G * T, K]
         if self.mask is not None:
             scores = scores.masked_fill(~self.mask[:, None, None, :], float("-inf"))

@@ -69,10 +69,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load_session(args: argparse.Namespace) -> Session:
-    """Load the model that the options of `add_model_options` name; `--adapter none` is the base model."""
-    import mmadapter
+    """Load the model that the options of `add_model_options` name, to answer and not to train (`packed`).
 
-    return mmadapter.load(
+    `--adapter none` is the base model.
+    """
+    import mmadapter
+    from mmadapter.packed import pack
+
+    session = mmadapter.load(
         llama=args.llama,
         adapter=None if args.adapter == "none" else args.adapter,
         vision=args.vision,
@@ -81,6 +85,8 @@ def load_session(args: argparse.Namespace) -> Session:
         prompt_length=args.prompt_length,
         gate=args.gate,
     )
+    pack(session.llama)
+    return session
 
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:

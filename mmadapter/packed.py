@@ -1,0 +1,79 @@
+"""The linears of a base in float32 or bfloat16 in the order that the CPU's kernels read best (oneDNN), for inference.
+
+torch hands a linear's rows to oneDNN as they are, which then puts them in its own order at every call. Where few tokens
+are computed at once, as in decoding, that is a good part of the time; here it is done once. The results are those of
+`nn.Linear`, but for the order of sums in float32. Adapters work on a packed base as on any other.
+
+Shapes: I inputs and O outputs of a linear.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from mmadapter.llama import Llama
+
+ONLY_INFERENCE = "the base is packed for inference and has no gradient; load it with mmadapter.load to train on it"
+
+
+class PackedLinear(nn.Module):
+    """A frozen linear without bias.
+
+    Args:
+        weight: float32 or bfloat16 [O, I], on the CPU.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+
+    @property
+    def weight(self) -> Tensor:
+        """There is none to read: what asks for it wants to train.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(ONLY_INFERENCE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O].
+
+        Raises:
+            ValueError: A gradient is wanted, which the kernel does not have.
+        """
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(ONLY_INFERENCE)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+
+
+def pack(llama: Llama) -> bool:
+    """Packs a model where it stands, a linear at a time; False where this machine has no such kernels for it.
+
+    The embedding stays as it is; where it is the output projection too, that gets a packed copy.
+    """
+    if llama.device.type != "cpu" or not can_pack(llama.dtype):
+        return False
+    for module in list(llama.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                setattr(module, name, PackedLinear(child.weight))
+    if llama.output is None:
+        llama.output = PackedLinear(llama.tok_embeddings.weight)
+    return True
+
+
+@functools.cache
+def can_pack(dtype: torch.dtype) -> bool:
+    """Tries the kernels once, on a small weight."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        PackedLinear(torch.ones(16, 16, dtype=dtype))(torch.ones(1, 16, dtype=dtype))
+    except (AttributeError, RuntimeError):  # of another build, or for another number format
+        return False
+    return True
