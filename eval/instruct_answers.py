@@ -18,7 +18,6 @@ from mmadapter.rows import fields_of, records, text_field
 if TYPE_CHECKING:
     from mmadapter.session import Session
 
-TEMPERATURE, TOP_P = 0.1, 0.75  # PAPER: decoding of instructions
 LINE_WIDTH = 100  # of an answer in Markdown
 
 
@@ -26,11 +25,12 @@ def run_answers(args: argparse.Namespace, command: str) -> int:
     """Asks both models and writes the answers."""
     from tqdm import tqdm
 
-    from mmadapter.sampling import Sampling
+    from mmadapter.wording import task_sampling
 
     prepare_outputs(args.out)
     asked = read_instructions(args.instructions)
-    sampling = Sampling(args.max_new_tokens or 512, TEMPERATURE, TOP_P, seed=args.seed or 0)
+    # One for both: that of a chat, which an adapter may have its own of.
+    sampling = task_sampling(None, "chat", {"max_new_tokens": args.max_new_tokens or 512, "seed": args.seed or 0})
     session = load_session(args)
     identity = model_identity(args)
     answers: dict[str, list[dict[str, str]]] = {}
@@ -54,6 +54,7 @@ def run_answers(args: argparse.Namespace, command: str) -> int:
         **identity,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
+        "repetition_penalty": sampling.repetition_penalty,
         "max_new_tokens": sampling.max_new_tokens,
         "seed": sampling.seed,
         "instructions_hash": file_sha256(args.instructions),
@@ -98,7 +99,8 @@ def markdown(entries: Sequence[dict[str, Any]], settings: dict[str, Any], about:
     parts = [
         f"# Answers of {settings['llama']} and of its adapter {settings['adapter']}\n",
         f"Made by `{about['command']}` at commit {about['git_commit']}: temperature {settings['temperature']}, top-p "
-        f"{settings['top_p']}, seed {settings['seed']}, at most {settings['max_new_tokens']} tokens. The base is asked "
+        f"{settings['top_p']}, repetition penalty {settings['repetition_penalty']}, seed {settings['seed']}, at most "
+        f"{settings['max_new_tokens']} tokens. The base is asked "
         "as `python -m mmadapter chat --adapter none` asks it. Long lines are wrapped here; the JSON lines beside this "
         "file have the exact texts.\n",
     ]

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 DEFAULTS = {
     "caption": {"max_new_tokens": 30, "stop": ("\n",)},
     "answer": {"max_new_tokens": 30, "stop": ("\n",)},
-    "chat": {"max_new_tokens": 256, "temperature": 0.1, "top_p": 0.75},  # PAPER: decoding of instructions
+    # PAPER: decoding of instructions. The penalty is ours: without it small models say one thing again and again.
+    "chat": {"max_new_tokens": 256, "temperature": 0.1, "top_p": 0.75, "repetition_penalty": 1.1},
 }
 
 

@@ -417,7 +417,7 @@ def test_answers_of_both(tiny, asked, tmp_path, monkeypatch):
     assert text.startswith(
         f"# Answers of {tiny.llama} and of its adapter {tiny.reads}\n\nMade by `python -m eval.instruct"
     )
-    assert "temperature 0.1, top-p 0.75, seed 5, at most 9 tokens" in text
+    assert "temperature 0.1, top-p 0.75, repetition penalty 1.1, seed 5, at most 9 tokens" in text
     assert "\n## 1. Tell me about dogs.\n\n**Base**" in text
     assert "\n## 2. Why?\n\nInput:\n\n```text\na red\ndog\n```\n\n**Base**" in text
     assert text.count("**Adapter**") == 2

@@ -457,7 +457,7 @@ def test_settings_are_those_given_then_the_adapters_then_the_tasks(tiny, tmp_pat
     assert (other.beams, other.max_new_tokens, other.stop) == (1, 30, ("\n",))
     session.adapter(None)
     chat = session.sampling("chat", {})
-    assert (chat.temperature, chat.top_p, chat.max_new_tokens) == (0.1, 0.75, 256)
+    assert (chat.temperature, chat.top_p, chat.max_new_tokens, chat.repetition_penalty) == (0.1, 0.75, 256, 1.1)
     searched = session.sampling("chat", {"beams": 2})  # and who wants beams does not want the task's temperature
     assert (searched.beams, searched.temperature) == (2, 0.0)
     with pytest.raises(ValueError, match="beam search takes no temperature"):
