@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import re
 import sys
@@ -24,6 +25,8 @@ python -m training.caption_questions --annotations flickr8k/dataset_flickr8k.jso
     --out flickr8k_questions.jsonl
 
 Makes rows of question, answer, image and split, for training.alpaca and eval.qa, out of COCO's or Karpathy's captions.
+Of pictures below the folder of --out the rows hold the way from there, and are found without an option. Of others they
+hold the way below --images: give training.alpaca and eval.qa the same --images. So the file is the same everywhere.
 """
 
 
@@ -86,18 +89,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Writes the rows and says how many there are."""
     images = read_captions(arguments.annotations)
+    below = _way_below(arguments.images, arguments.out.parent)
     rows = []
     for image in images:
-        path = image_path(arguments.images, image).resolve()
+        name = (below or Path()) / image_path(arguments.images, image).relative_to(arguments.images)
         generator = random.Random(f"{arguments.seed} {image.image_id}")
         for question, answer in choose(image, arguments.each, generator):
-            row = {"image": str(path), "question": question, "answer": answer}
+            row = {"image": name.as_posix(), "question": question, "answer": answer}
             rows.append(row if image.split is None else {**row, "split": image.split.replace("restval", "train")})
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(arguments.out) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     print(f"{len(rows)} questions about {len(images)} photos in {arguments.out}")
+    if below is None:
+        print(
+            f"the photos are not below the folder of {arguments.out}: give training.alpaca and eval.qa --images "
+            f"{arguments.images}",
+            file=sys.stderr,
+        )
     return 0
+
+
+def _way_below(folder: Path, top: Path) -> Path | None:
+    """The way from `top` to a folder in it; None of one elsewhere, whose way would be another on every machine.
+
+    Links are not followed: a folder that is linked into `top` is in it.
+    """
+    own, above = (Path(os.path.abspath(path)) for path in (folder, top))
+    return own.relative_to(above) if own.is_relative_to(above) else None
 
 
 def choose(image: CaptionedImage, count: int, generator: random.Random) -> list[tuple[str, str]]:
