@@ -16,6 +16,8 @@ from typing import Any
 
 from eval.caption_metrics import METRICS, CaptionScores, java_version, require_pycocoevalcap, score_captions
 from eval.records import (
+    PICTURE_PACKAGES,
+    add_out_option,
     check_options,
     keep,
     kept_answers,
@@ -47,7 +49,7 @@ METEOR, SPICE and COCO's tokenizer are Java programs; what cannot be computed is
 """
 TASK_VERSION = 1
 BATCH_SIZE = 32
-MODEL_ONLY = ("predictions_out", "train", "shots", "batch_size", "beams")
+MODEL_ONLY = ("out", "train", "shots", "batch_size", "beams")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,12 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", help="split of a Karpathy file (default: test); COCO annotations have none")
     parser.add_argument("--limit", metavar="N", type=int, help="score the first N images only")
     parser.add_argument("--json", metavar="OUT", type=Path, help="write scores, provenance and every caption to OUT")
-    parser.add_argument(
-        "--predictions-out",
-        metavar="FILE",
-        type=Path,
-        help="keep the model's captions as JSON lines; a run that was stopped goes on from there",
-    )
+    add_out_option(parser)
     parser.add_argument("--batch-size", metavar="N", type=int, help=f"images at once (default: {BATCH_SIZE})")
     parser.add_argument("--beams", metavar="N", type=int, help="beam search width (default: the adapter's own)")
     parser.add_argument("--shots", type=int, choices=range(4), help="captions of train photos shown to the model first")
@@ -95,7 +92,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     """Collect the captions, score them, print the table and write the record."""
     started = time.monotonic()
     require_pycocoevalcap()
-    prepare_outputs(args.json, args.predictions_out)
+    prepare_outputs(args.json, args.out)
     known = read_captions(args.annotations)
     split = None
     if known[0].split is not None:
@@ -137,10 +134,13 @@ def run(args: argparse.Namespace, command: str) -> int:
             model=model,
             data_hash=file_sha256(args.annotations),
             predictions=[
-                {"image": image.file_name, "caption": caption, "CIDEr": cider}
-                for image, caption, cider in zip(images, captions, scores.cider_of_image, strict=True)
+                {"image": image.file_name, "caption": caption, **own}
+                for image, caption, own in zip(images, captions, scores.of_image, strict=True)
             ],
-            packages=("tokenizers", "timm", "pycocoevalcap", "numpy"),
+            packages=(
+                *("tokenizers", "timm", "pycocoevalcap", "numpy"),
+                *(() if args.adapter is None else PICTURE_PACKAGES),
+            ),
             java=java_version(),
         )
         write_json(args.json, record)
@@ -152,15 +152,15 @@ def caption_images(
 ) -> tuple[list[str], dict[str, Any]]:
     """The model's caption of each image, and the settings that decided them.
 
-    Those that `--predictions-out` already holds are not made again.
+    Those that `--out` already holds are not made again.
     """
     paths = {image.file_name: image_path(args.images, image) for image in images}
     shots = draw_shots(args, images, known)
     model = {**model_identity(args), "beams": args.beams, "shots": shots}
     # The base alone does not see: with examples, even none, it is asked all the same, for the score of guessing.
     blind = {"examples": shots} if shots or args.adapter == "none" else {}
-    out = args.predictions_out
-    kept = kept_answers(out, model, ("image", "caption"), "caption", "--predictions-out", paths)
+    out = args.out
+    kept = kept_answers(out, model, ("image", "caption"), "caption", "--out", paths)
     captions = {name: line["caption"] for name, line in kept.items()}
     todo = [image.file_name for image in images if image.file_name not in captions]
     if todo:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "SPICE")
 
@@ -41,13 +41,16 @@ class CaptionScores:
 
     Attributes:
         metrics: A number for each of `METRICS`, from 0 to 1 (CIDEr to 10); None for one that was left out.
-        cider_of_image: CIDEr of each image, in order; `metrics["CIDEr"]` is their mean.
+        of_image: What each image has, in order. ROUGE_L, CIDEr and SPICE, whose means are the `metrics`; METEOR, whose
+            mean is not; and the counts that BLEU and METEOR sum over images (`eval.caption_sums`): `BLEU` has the
+            n-grams `matched` and their `total`, each for n from 1 to 4, the `length` of the caption and that of the
+            reference nearest to it; `METEOR_statistics` is the line of METEOR itself.
         tokenizer: "ptb", COCO's, or "plain", see `plain_tokens`.
         left_out: Why, and what to do about it, for each metric that is None.
     """
 
     metrics: dict[str, float | None]
-    cider_of_image: list[float]
+    of_image: list[dict[str, Any]]
     tokenizer: str
     left_out: dict[str, str]
 
@@ -62,7 +65,7 @@ def score_captions(references: Sequence[Sequence[str]], captions: Sequence[str])
         ValueError: pycocoevalcap is missing, or its tokenizer fails although there is Java.
     """
     require_pycocoevalcap()
-    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
@@ -71,9 +74,16 @@ def score_captions(references: Sequence[Sequence[str]], captions: Sequence[str])
     gold = dict(enumerate(tokens(references)))  # image number -> its sentences, as pycocoevalcap takes them
     made = dict(enumerate(tokens([[caption] for caption in captions])))
 
-    bleu, _ = Bleu(4).compute_score(gold, made, verbose=0)
-    rouge, _ = Rouge().compute_score(gold, made)
+    counter = BleuScorer(n=4)
+    for number, references_of_image in gold.items():
+        counter += (made[number][0], references_of_image)
+    bleu, _ = counter.compute_score(option="closest")  # as pycocoevalcap's Bleu asks it, which hides the counts
+    rouge, rouge_of_image = Rouge().compute_score(gold, made)
     cider, cider_of_image = Cider().compute_score(gold, made)
+    of_image = [
+        {"ROUGE_L": float(rouge), "CIDEr": float(cider), "BLEU": _bleu_counts(counts)}
+        for rouge, cider, counts in zip(rouge_of_image, cider_of_image, counter.ctest, strict=True)
+    ]
     metrics: dict[str, float | None] = dict.fromkeys(METRICS)
     metrics |= {f"Bleu_{n}": float(score) for n, score in enumerate(bleu, 1)}
     metrics |= {"ROUGE_L": float(rouge), "CIDEr": float(cider)}
@@ -86,10 +96,22 @@ def score_captions(references: Sequence[Sequence[str]], captions: Sequence[str])
             )
             continue
         try:
-            metrics[name] = score(gold, made)
+            metrics[name], each = score(gold, made)
         except MetricUnavailableError as error:
             left_out[name] = str(error)
-    return CaptionScores(metrics, [float(score) for score in cider_of_image], "ptb" if java else "plain", left_out)
+        else:
+            of_image = [{**own, **more} for own, more in zip(of_image, each, strict=True)]
+    return CaptionScores(metrics, of_image, "ptb" if java else "plain", left_out)
+
+
+def _bleu_counts(counts: dict[str, Any]) -> dict[str, Any]:
+    length = counts["testlen"]
+    return {
+        "matched": counts["correct"],
+        "total": counts["guess"],
+        "length": length,
+        "reference_length": min((abs(other - length), other) for other in counts["reflen"])[1],
+    }
 
 
 def require_pycocoevalcap() -> None:
@@ -153,8 +175,13 @@ def plain_tokens(sentences: Sequence[Sequence[str]]) -> list[list[str]]:
     ]
 
 
-def meteor(references: dict[int, list[str]], captions: dict[int, list[str]]) -> float:
+def meteor(
+    references: dict[int, list[str]], captions: dict[int, list[str]]
+) -> tuple[float, list[dict[str, float | str]]]:
     """METEOR 1.5 (Denkowski and Lavie 2014) of tokenized sentences; its Java process is gone afterwards.
+
+    Returns:
+        The score of all images, and `METEOR` and `METEOR_statistics` of each (see `CaptionScores`).
 
     Raises:
         MetricUnavailableError: The Java process ended early, or its data is not installed.
@@ -168,9 +195,19 @@ def meteor(references: dict[int, list[str]], captions: dict[int, list[str]]) -> 
         raise MetricUnavailableError(f"{', '.join(missing)} is not in {folder}; reinstall pycocoevalcap")
     scorer = module.Meteor()
     process = scorer.meteor_p
+    statistics = []
+    ask = scorer._stat
+
+    def listen(caption: str, references_of_image: list[str]) -> str:
+        statistics.append(ask(caption, references_of_image))
+        return statistics[-1]
+
+    scorer._stat = listen  # it asks for each image's line once, and keeps none of them
     try:
-        score, _ = scorer.compute_score(references, captions)
-        return float(score)
+        score, each = scorer.compute_score(references, captions)
+        return float(score), [
+            {"METEOR": own, "METEOR_statistics": line} for own, line in zip(each, statistics, strict=True)
+        ]
     except (BrokenPipeError, ValueError):  # ValueError: it read the empty line of an ended process as a number
         process.kill()
         said = " ".join(process.stderr.read().decode(errors="replace").split()) or "nothing"
@@ -185,8 +222,11 @@ def meteor(references: dict[int, list[str]], captions: dict[int, list[str]]) -> 
                 stream.close()
 
 
-def spice(references: dict[int, list[str]], captions: dict[int, list[str]]) -> float:
+def spice(references: dict[int, list[str]], captions: dict[int, list[str]]) -> tuple[float, list[dict[str, float]]]:
     """SPICE (Anderson et al. 2016) of tokenized sentences, only where its parser's models are already installed.
+
+    Returns:
+        The mean over images, and `SPICE` of each.
 
     Raises:
         MetricUnavailableError: They are not, or the Java program fails.
@@ -205,7 +245,7 @@ def spice(references: dict[int, list[str]], captions: dict[int, list[str]]) -> f
     with quiet() as said:
         os.environ["JDK_JAVA_OPTIONS"] = f"{before or ''} {SPICE_OPENS}".strip()
         try:
-            score, _ = module.Spice().compute_score(references, captions)
+            score, each = module.Spice().compute_score(references, captions)
         except (subprocess.CalledProcessError, OSError, ValueError) as error:
             log = last_line(said)
             raise MetricUnavailableError(f"its Java program failed ({error}); it said: {log:.300}") from None
@@ -216,7 +256,7 @@ def spice(references: dict[int, list[str]], captions: dict[int, list[str]]) -> f
                 os.environ["JDK_JAVA_OPTIONS"] = before
     if math.isnan(score):
         raise MetricUnavailableError("it gave no number for one of the captions")
-    return float(score)
+    return float(score), [{"SPICE": float(parts["All"]["f"])} for parts in each]
 
 
 @cache

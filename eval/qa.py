@@ -15,7 +15,15 @@ from eval import qa_metrics
 from eval.qa_files import Question, of_split, read_answers, read_gold
 from eval.qa_metrics import WUPS_THRESHOLDS, Similarity
 from eval.qa_model import BATCH_SIZE, ask_model
-from eval.records import add_out_option, check_options, kept_model, note, prepare_outputs, result_record
+from eval.records import (
+    PICTURE_PACKAGES,
+    add_out_option,
+    check_options,
+    kept_model,
+    note,
+    prepare_outputs,
+    result_record,
+)
 from mmadapter.options import Parser, add_model_options, main_with_errors
 from mmadapter.prompts import TEMPLATES
 from mmadapter.record import file_sha256, write_json
@@ -94,6 +102,8 @@ def run(args: argparse.Namespace, command: str) -> int:
         answers, model = ask_model(args, gold, split, questions, train)
     similarity = wups_similarity(questions)
     each = [score(gold.as_said(answers[question.id]), question, similarity) for question in questions]
+    programs = {} if similarity is None else {"wordnet": qa_metrics.open_wordnet().get_version()}
+    read_pictures = args.adapter not in (None, "none") and any(question.image for question in questions)
     total = means(each)
     kinds = [qa_metrics.answer_type(question.answers[0]) for question in questions]
     by_type = {
@@ -131,7 +141,8 @@ def run(args: argparse.Namespace, command: str) -> int:
                 }
                 for question, scores in zip(questions, each, strict=True)
             ],
-            packages=("tokenizers", "timm", "nltk"),
+            packages=("tokenizers", "timm", "nltk", *(PICTURE_PACKAGES if read_pictures else ())),
+            **programs,
         )
         write_json(args.json, record)
     return 0

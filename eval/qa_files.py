@@ -98,7 +98,7 @@ def of_split(gold: Gold, split: str | None) -> tuple[list[Question], str | None]
         split: None is "test" where the file has splits; where it has none, all questions are taken.
 
     Raises:
-        ValueError: There are none.
+        ValueError: There are none, or the place of one without an id is the id of another.
     """
     splits = sorted({question.split for question in gold.questions} - {""})
     if splits:
@@ -110,7 +110,14 @@ def of_split(gold: Gold, split: str | None) -> tuple[list[Question], str | None]
         if split is not None:
             note(f"{gold.path} has no splits: all of it is taken")
         chosen, split = gold.questions, None
-    return [dataclasses.replace(found, id=found.id or str(place)) for place, found in enumerate(chosen)], split
+    chosen = [dataclasses.replace(found, id=found.id or str(place)) for place, found in enumerate(chosen)]
+    twice = [own for own, count in Counter(question.id for question in chosen).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"{gold.path}: {named(twice, 'id')} of one question and the place of another, which has none; give every "
+            "question an id, or none"
+        )
+    return chosen, split
 
 
 def read_answers(path: Path, gold: Gold, split: Sequence[Question], wanted: Sequence[Question]) -> dict[str, str]:

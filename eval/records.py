@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # What a base in a folder is made of: its tensors and its shape.
 BASE_FILES = ("*.safetensors", "consolidated.*.pth", "config.json", "params.json")
+PICTURE_PACKAGES = ("pillow", "open_clip_torch")  # what, beside timm, a picture is read and encoded with
 
 
 def check_options(
@@ -43,7 +44,7 @@ def check_options(
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
 
 
-def add_out_option(group: argparse._ArgumentGroup) -> None:
+def add_out_option(group: argparse._ActionsContainer) -> None:
     """Adds `--out`, the file of `kept_answers`."""
     group.add_argument(
         "--out",
@@ -71,7 +72,8 @@ def result_record(
     """The content of a result file: for every task the same fields around its own scores and settings.
 
     Args:
-        args: Of the command line, which may have `seed`, `shots`, `limit` and `predictions`.
+        args: Of the command line, which may have `seed`, `shots`, `limit` and `predictions`. Where the answers come
+            from a file, `seed` and `shots` are those that its model was asked with, as far as it says.
         command: The command line itself.
         started: `time.monotonic()` when it began.
         task: Which evaluation this is.
@@ -86,13 +88,17 @@ def result_record(
     """
     known = model or {}
     from_file = getattr(args, "predictions", None)
+    shots, seed = known.get("shots"), args.seed
+    shot_count = len(shots) if isinstance(shots, list) else getattr(args, "shots", None) or 0
+    if from_file is not None and shot_count:
+        seed = known.get("seed")  # this command's chose no shots
     return {
         **scores,
         "task": task,
         "version": version,
         "limit": getattr(args, "limit", None),
-        "seed": args.seed,
-        "shots": getattr(args, "shots", None) or 0,
+        "seed": seed,
+        "shots": shot_count,
         **settings,
         "adapter": known.get("adapter"),
         "adapter_hash": known.get("adapter_hash"),
@@ -154,6 +160,7 @@ def model_identity(args: argparse.Namespace) -> dict[str, Any]:
     return {
         **{name: getattr(args, name) for name in ("llama", "adapter", "vision", "prompt_length", "gate")},
         "dtype": str(resolve_dtype(args.dtype, args.device)).removeprefix("torch."),
+        **({"seed": args.seed} if args.shots else {}),  # without shots it decides nothing
         "adapter_hash": None if args.adapter == "none" else adapter_hash(args.adapter),
         **base_identity(args.llama),
     }

@@ -14,7 +14,7 @@ from eval.records import note, prepare_outputs, provenance
 from eval.report_content import Cell, Report, build
 from eval.report_html import page
 from eval.report_runs import read_runs, short_hash
-from eval.report_text import interval_text, p_text, signed, sources
+from eval.report_text import commit_text, interval_text, p_text, signed, sources
 from eval.statistics import RESAMPLES
 from mmadapter.options import Parser, main_with_errors
 from mmadapter.record import replacing
@@ -150,7 +150,7 @@ def markdown(report: Report) -> str:
     lines += ["| run | file | commit | data |", "| --- | --- | --- | --- |"]
     for row in report.rows:
         record = row.run.record
-        commit = str(record.get("git_commit") or "unknown")[:12]
+        commit = commit_text(record.get("git_commit"), 12)
         cells = [_plain(row.run.label), _plain(str(row.run.path)), commit, short_hash(record.get("data_hash"))]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -12,7 +12,15 @@ from eval.published import Published
 from eval.report_gallery import Gallery, make_gallery
 from eval.report_runs import Run, data_name, published_table
 from eval.report_tasks import Layout, Score, how, layout, read_gold, scores
-from eval.statistics import RESAMPLES, Ratio, bootstrap_interval, difference_interval, mcnemar, permutation_test
+from eval.statistics import (
+    RESAMPLES,
+    Ratio,
+    Sums,
+    bootstrap_interval,
+    difference_interval,
+    mcnemar,
+    permutation_test,
+)
 
 Interval = tuple[float, float]
 SCORED_BY = {
@@ -137,6 +145,8 @@ def build(
     notes += [table.caveat] if table is not None and table.caveat else []
     if cards and gallery is None and runs[0].task == "scienceqa":
         notes.append("The questions are not shown: give the data set's folder as --data.")
+    if gallery is not None:
+        notes += _not_given(gallery, runs[0].task, gold is not None, images is not None)
     if gallery is not None and gallery.lost:
         notes.append(f"{len(gallery.lost)} pictures of the gallery were not found or cannot be read.")
     return Report(
@@ -170,19 +180,20 @@ def _compare(run: Run, name: str, first: Score, second: Score, resamples: int, s
     """The paired test that suits the score: McNemar's where examples are right or wrong, else by permutation."""
     one, two = first.sums, second.sums
     detail = ""
-    if _is_mean(one) and _is_mean(two) and _is_binary(one, two):
+    means = _is_mean(one) and _is_mean(two)
+    if means and _is_binary(one, two):
         outcome = mcnemar(one.numerator > 0, two.numerator > 0)
         p, test = outcome.p, "McNemar, exact"
         detail = f"only this one right: {outcome.only_second}; only the first: {outcome.only_first}"
     else:
         p = permutation_test(one, two, resamples=resamples, seed=seed)
-        test = "sign permutation" if _is_mean(one) and _is_mean(two) else "approximate randomisation"
+        test = "sign permutation" if means else "approximate randomisation"
     interval = difference_interval(one, two, resamples=resamples, seed=seed)
     return Comparison(run, name, second.value - first.value, interval, p, test, detail)
 
 
-def _is_mean(score: Ratio) -> bool:
-    return bool((score.denominator == 1).all())
+def _is_mean(score: Sums) -> bool:
+    return isinstance(score, Ratio) and bool((score.denominator == 1).all())
 
 
 def _is_binary(*scores: Ratio) -> bool:
@@ -253,6 +264,17 @@ def _notes(
         for why in (run.record.get("left_out") or {}).items():
             left_out.setdefault(why, []).append(run.label)
     notes += [f"{metric} was left out of {', '.join(own)}: {why}." for (metric, why), own in left_out.items()]
+    return notes
+
+
+def _not_given(gallery: Gallery, task: str, gold: bool, images: bool) -> list[str]:
+    """What the gallery lacks because an option was not given, and which."""
+    notes = []
+    # ScienceQA's pictures are in its data; without them it has no gallery.
+    if task != "scienceqa" and not images and any(card.picture for part in gallery.sections for card in part.cards):
+        notes.append("The pictures are not shown: give their folder as --images.")
+    if task == "caption" and not gold:
+        notes.append("What people wrote is not shown: give the captions' annotations as --data.")
     return notes
 
 

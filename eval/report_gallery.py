@@ -202,10 +202,15 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _places(folder: Path | None, name: str) -> list[Path]:
-    """Where a picture may lie: below the folder as it is called, below its `images`, or right in it."""
+    """Where a picture may lie: below the folder as it is called, below its `images`, or right in it.
+
+    Nowhere else, whatever a score file says: of an absolute name, only the last part counts.
+    """
     path = Path(name)
-    if folder is None or not name or path.is_absolute() or ".." in path.parts:  # a score file must not reach elsewhere
+    if folder is None or not name or ".." in path.parts:
         return []
+    if path.is_absolute():
+        return [folder / path.name]
     return [folder / path, folder / "images" / path, folder / path.name]
 
 

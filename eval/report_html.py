@@ -14,7 +14,7 @@ from eval.report_chart import chart
 from eval.report_content import Cell, Comparison, Report, Row
 from eval.report_gallery import Card, Said, Section
 from eval.report_style import SERIES, STYLE
-from eval.report_text import interval_text, p_text, signed, sources
+from eval.report_text import commit_text, interval_text, p_text, signed, sources
 from mmadapter.scienceqa import LETTERS
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -43,7 +43,7 @@ def page(report: Report, about: Mapping[str, Any]) -> str:
         "</section>"
         for name, title, content in parts
     )
-    hashes = {str(row.run.record.get("git_commit"))[:8] for row in report.rows}
+    hashes = {commit_text(row.run.record.get("git_commit"), 8) for row in report.rows}
     commits = f"commit{'s' if len(hashes) > 1 else ''} {', '.join(sorted(hashes))}"
     detail = [f"{report.examples:,} {report.layout.example}s", report.data, commits]
     return f"""<!doctype html>

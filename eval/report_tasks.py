@@ -1,6 +1,6 @@
 """What each task reports: its columns, its chart, and the scores of a run as sums over examples.
 
-A score that examples do not add up to, such as BLEU, has a value and no sums, so neither interval nor test.
+A score whose sums the examples do not hold, as in older files, has a value alone: neither interval nor test.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from eval.caption_sums import caption_sums
 from eval.hipe import Span
 from eval.ner_metrics import MATCHES, Counts, count_spans
 from eval.qa_metrics import answer_type
 from eval.report_runs import Run, shot_count
-from eval.statistics import Ratio
+from eval.statistics import Ratio, Sums
 from mmadapter.captions import CaptionedImage, read_captions
 from mmadapter.record import file_sha256
 from mmadapter.scienceqa import CLASSES, Problem, accuracies, held_out, read_problems
@@ -48,11 +49,11 @@ class Score:
         sums: The same from the examples, None where they do not add up to it.
         paired: Whether the sums are of all the examples of the first run, in its order, so that a test may pair them.
         count: How many examples (or entities) it is of.
-        curve: What turns the ratio of the sums into the value; it must not change their order.
+        curve: What turns what the sums give into the value; it must not change their order.
     """
 
     value: float | None
-    sums: Ratio | None = None
+    sums: Sums | None = None
     paired: bool = True
     count: int | None = None
     curve: Callable[[float], float] = float
@@ -305,11 +306,8 @@ def _members(name: str, run: Run, gold: Gold) -> list[bool]:
 
 
 def _caption(run: Run, gold: Gold | None) -> dict[str, Score]:
-    found = {name: Score(run.record.get(name)) for name in CAPTION_METRICS}
-    own = [example.get("CIDEr") for example in run.examples.values()]
-    if None not in own:
-        found["CIDEr"] = Score(run.record.get("CIDEr"), Ratio.mean(own), count=len(own))
-    return found
+    sums = caption_sums(list(run.examples.values()))
+    return {name: Score(run.record.get(name), sums.get(name), count=len(run.examples)) for name in CAPTION_METRICS}
 
 
 def _qa(run: Run, gold: Gold | None) -> dict[str, Score]:

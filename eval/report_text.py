@@ -31,6 +31,12 @@ def p_text(p: float) -> str:
     return f"{p:.4f}" if p >= 0.0001 else "< 0.0001"
 
 
+def commit_text(commit: object, digits: int) -> str:
+    """The beginning of a commit, and whether the tree had changes beside it (`mmadapter.record.git_commit`)."""
+    digest, dash, state = str(commit or "unknown").partition("-")
+    return digest[:digits] + dash + state
+
+
 def sources(published: Published | None) -> tuple[dict[str, int], list[str]]:
     """The number of each source of published scores, from 1, and the sources in that order."""
     listed = [] if published is None else list(dict.fromkeys(row.source for row in published.rows))

@@ -13,7 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.records import add_out_option, check_options, kept_model, note, prepare_outputs, result_record
+from eval.records import (
+    PICTURE_PACKAGES,
+    add_out_option,
+    check_options,
+    kept_model,
+    note,
+    prepare_outputs,
+    result_record,
+)
 from eval.scienceqa_model import NORMALISATIONS, SCORES, ask_model, data_hash
 from mmadapter.captions import named, read_text
 from mmadapter.options import Parser, add_model_options, main_with_errors
@@ -130,6 +138,7 @@ def run(args: argparse.Namespace, command: str) -> int:
         note(f"{passed_over} answers to questions that are not scored here are passed over")
     final = {problem.pid: settle(problem, answers[problem.pid]["answer"], args) for problem in problems}
     scores |= {name: score for name, score in accuracies(problems, final).items() if name in CLASSES}
+    read_pictures = args.adapter not in (None, "none") and any(problem.image is not None for problem in problems)
     part = f"{args.split}, held out with seed {args.seed}" if args.held_out is not None else args.split
     print_table(f"ScienceQA {part}", scores)
     show_unparsed(problems, answers, args.on_unparsed)
@@ -141,13 +150,19 @@ def run(args: argparse.Namespace, command: str) -> int:
             task="scienceqa",
             version=TASK_VERSION,
             scores=scores,
-            settings={"split": args.split, "held_out": args.held_out, "on_unparsed": args.on_unparsed},
+            settings={
+                "split": args.split,
+                "held_out": args.held_out,
+                "on_unparsed": args.on_unparsed,
+                # Whoever was asked, and with which seed: this command's chose what is scored, or how.
+                **({"seed": args.seed} if args.held_out is not None or args.on_unparsed == "random" else {}),
+            },
             model=model,
             data_hash=data_hash(args.data),
             predictions=[
                 {**answers[problem.pid], "correct": final[problem.pid] == problem.answer} for problem in problems
             ],
-            packages=("tokenizers", "timm"),
+            packages=("tokenizers", "timm", *(PICTURE_PACKAGES if read_pictures else ())),
         )
         write_json(args.json, record)
     return 0

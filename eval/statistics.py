@@ -1,13 +1,13 @@
 """How sure a score is: bootstrap intervals over examples, and paired tests between two runs over the same examples.
 
-Every score here is a ratio of two sums over examples, which takes in means (the denominators are 1), loss a token
-(losses over tokens) and micro-averaged F1 (2 TP over 2 TP + FP + FN).
-Shapes: n examples, R resamples. Memory stays small: resamples are drawn in portions.
+A score is what a formula makes of sums over examples. Most are a ratio of two, which takes in means (the denominators
+are 1), loss a token (losses over tokens) and micro-averaged F1 (2 TP over 2 TP + FP + FN); BLEU and METEOR take more.
+Shapes: n examples, S sums, R resamples, r of them at once. Memory stays small: resamples are drawn in portions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +44,15 @@ class Ratio:
         return cls.mean(np.repeat([factor, 0.0], [count, of - count]))
 
     @property
+    def columns(self) -> np.ndarray:
+        """What each example adds to either sum, float64 [n, 2]."""
+        return np.stack([self.numerator, self.denominator], axis=1)
+
+    def formula(self, sums: np.ndarray) -> np.ndarray:
+        """Scores [...] of sums [..., 2]."""
+        return _divide(sums[..., 0], sums[..., 1])
+
+    @property
     def value(self) -> float:
         """The score; nan where there is nothing below the line."""
         return float(_divide(self.numerator.sum(), self.denominator.sum()))
@@ -52,8 +61,32 @@ class Ratio:
         return len(self.numerator)
 
 
+@dataclass(frozen=True)
+class Pooled:
+    """A score that takes more than two sums, such as BLEU.
+
+    Attributes:
+        columns: What each example adds to each sum, float64 [n, S].
+        formula: Makes scores [...] of sums [..., S].
+    """
+
+    columns: np.ndarray
+    formula: Callable[[np.ndarray], np.ndarray]
+
+    @property
+    def value(self) -> float:
+        """The score."""
+        return float(self.formula(self.columns.sum(axis=0)))
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+
+Sums = Ratio | Pooled
+
+
 def bootstrap_interval(
-    score: Ratio, *, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
+    score: Sums, *, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
 ) -> tuple[float, float] | None:
     """Percentile interval of a score, from examples drawn again with replacement (Efron 1979).
 
@@ -63,16 +96,16 @@ def bootstrap_interval(
     Returns:
         None where all examples agree: whatever is drawn, the score is the same, which says nothing of how sure it is.
     """
-    if _constant(score):
+    if len(score) < 2:
         return None
-    order = np.lexsort((score.denominator, score.numerator))  # so that the order of a file decides nothing
-    score = Ratio(score.numerator[order], score.denominator[order])
-    values = np.concatenate([_divide(*_drawn(score, rows)) for rows in _draws(len(score), resamples, seed)])
-    return _quantiles(values, level)
+    columns = score.columns
+    columns = columns[np.lexsort(columns.T[::-1])]  # so that the order of a file decides nothing
+    values = np.concatenate([score.formula(_drawn(columns, rows)) for rows in _draws(len(score), resamples, seed)])
+    return _quantiles(values, level, abs(score.value))
 
 
 def difference_interval(
-    first: Ratio, second: Ratio, *, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
+    first: Sums, second: Sums, *, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
 ) -> tuple[float, float] | None:
     """Percentile interval of `second` minus `first`, each resample drawing the same examples for both.
 
@@ -83,18 +116,18 @@ def difference_interval(
         ValueError: They are not of the same number of examples.
     """
     _require_pairs(first, second)
-    if np.array_equal(first.denominator, second.denominator):
-        if _constant(Ratio(second.numerator - first.numerator, first.denominator)):
-            return None
-    elif _constant(first) and _constant(second):
+    if len(first) < 2:
         return None
-    values = np.concatenate(
-        [_divide(*_drawn(second, rows)) - _divide(*_drawn(first, rows)) for rows in _draws(len(first), resamples, seed)]
-    )
-    return _quantiles(values, level)
+    pair = (first, second)
+    columns = [score.columns for score in pair]
+    values = []
+    for rows in _draws(len(first), resamples, seed):
+        one, other = (score.formula(_drawn(own, rows)) for score, own in zip(pair, columns, strict=True))
+        values.append(other - one)
+    return _quantiles(np.concatenate(values), level, max(abs(first.value), abs(second.value)))
 
 
-def permutation_test(first: Ratio, second: Ratio, *, resamples: int = RESAMPLES, seed: int = 0) -> float:
+def permutation_test(first: Sums, second: Sums, *, resamples: int = RESAMPLES, seed: int = 0) -> float:
     """Two-sided p of the hypothesis that it does not matter which of two runs an example's result is from.
 
     Each resample exchanges the two runs' results of a random half of the examples: for means this is the
@@ -109,14 +142,15 @@ def permutation_test(first: Ratio, second: Ratio, *, resamples: int = RESAMPLES,
     if not seen > 0:
         return 1.0
     generator = np.random.default_rng(seed)
-    moved = np.stack([second.numerator - first.numerator, second.denominator - first.denominator], axis=1)  # [n, 2]
-    sums = np.array([first.numerator.sum(), first.denominator.sum()])
-    total = sums + np.array([second.numerator.sum(), second.denominator.sum()])
+    columns = first.columns  # [n, S]
+    moved = second.columns - columns
+    sums = columns.sum(axis=0)  # [S]
+    total = sums + second.columns.sum(axis=0)
     as_far = 1
     for size in _portions(len(first), resamples):
-        exchanged = generator.integers(0, 2, (size, len(first)), dtype=np.int8) @ moved  # [size, 2]
+        exchanged = generator.integers(0, 2, (size, len(first)), dtype=np.int8) @ moved  # [r, S]
         one, other = sums + exchanged, total - sums - exchanged
-        apart = np.abs(_divide(one[:, 0], one[:, 1]) - _divide(other[:, 0], other[:, 1]))
+        apart = np.abs(first.formula(one) - second.formula(other))
         # The same difference, summed in another order, must not count as a smaller one.
         as_far += int(np.count_nonzero(apart >= seen * (1 - 1e-9)))
     return as_far / (resamples + 1)
@@ -161,12 +195,6 @@ def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
         return np.where(denominator == 0, np.nan, numerator / denominator)
 
 
-def _constant(score: Ratio) -> bool:
-    """Whether any resample has the score of the whole, but for rounding."""
-    size = np.abs(score.numerator).max(initial=0.0)
-    return bool(np.abs(score.numerator - score.value * score.denominator).max(initial=0.0) <= 1e-12 * size)
-
-
 def _portions(n: int, resamples: int) -> Iterator[int]:
     """How many resamples are drawn at once, until they are all drawn."""
     most = max(1, PORTION // max(1, n))
@@ -181,23 +209,26 @@ def _draws(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
         yield generator.integers(0, n, (size, n), dtype=np.int32)
 
 
-def _drawn(score: Ratio, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both sums of each resample, float64 [r]."""
-    numerator = score.numerator[rows].sum(axis=1)
-    if (score.denominator == 1).all():
-        return numerator, np.full_like(numerator, len(score))
-    return numerator, score.denominator[rows].sum(axis=1)
+def _drawn(columns: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """All sums of each resample, float64 [r, S], of what each example adds [n, S] and places of examples [r, n]."""
+    r, n = rows.shape
+    times = np.bincount((rows + n * np.arange(r)[:, None]).ravel(), minlength=r * n).reshape(r, n)
+    return times @ columns
 
 
-def _quantiles(values: np.ndarray, level: float) -> tuple[float, float] | None:
-    """The interval that holds the middle part of the values; resamples that have no score are passed over."""
+def _quantiles(values: np.ndarray, level: float, size: float) -> tuple[float, float] | None:
+    """The interval that holds the middle part of the values; resamples that have no score are passed over.
+
+    Args:
+        size: Of the scores that the values are of: they are the same if they differ by less than a billionth of it.
+    """
     values = values[~np.isnan(values)]
-    if not len(values):
+    if not len(values) or np.ptp(values) <= 1e-9 * size:
         return None
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
-def _require_pairs(first: Ratio, second: Ratio) -> None:
+def _require_pairs(first: Sums, second: Sums) -> None:
     if len(first) != len(second):
         raise ValueError(f"paired tests need the same examples, got {len(first)} and {len(second)}")

@@ -12,16 +12,24 @@ from pathlib import Path
 
 
 def git_commit() -> str | None:
-    """The commit that this code was checked out at, None outside its repository."""
+    """The commit that this code was checked out at, with `-dirty` behind it where tracked files have changed since.
+
+    None outside its repository.
+    """
     root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        # Without the optional locks: another git at work in the same tree is not kept from its own.
+        command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
     try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"], capture_output=True, text=True, check=True
-        )
+        top, commit = git("rev-parse", "--show-toplevel", "HEAD").split("\n")[:2]
+        if Path(top).resolve() != root:
+            return None  # that of a repository around an installed copy
+        return f"{commit}-dirty" if git("status", "--porcelain", "--untracked-files=no").strip() else commit
     except (OSError, subprocess.CalledProcessError):
         return None
-    top, commit = done.stdout.split("\n")[:2]
-    return commit if Path(top).resolve() == root else None  # not that of a repository around an installed copy
 
 
 def file_sha256(path: Path) -> str:

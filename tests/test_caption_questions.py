@@ -79,9 +79,38 @@ def test_the_rows_are_those_that_training_reads(tmp_path: Path, capsys: pytest.C
     first = out.read_bytes()
     assert caption_questions.main(argv) == 0
     assert out.read_bytes() == first
-    rows, bad = read_rows(out, template_name="question", split="train")
+    rows, bad = read_rows(out, tmp_path, template_name="question", split="train")
     assert (len(rows), bad) == (4, [])
     assert {row.image for row in rows} == {tmp_path / "0.png", tmp_path / "1.png"}
+
+
+def test_the_file_is_the_same_wherever_the_data_lie(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Absolute names once gave every machine another hash. Also through a link, and with COCO's subfolders."""
+    image = {"imgid": 1, "filename": "1.png", "filepath": "val2014", "split": "train", "sentences": [{"raw": "A dog."}]}
+    contents = []
+    for place in (tmp_path / "here", tmp_path / "there"):
+        photo = place / "data" / "images" / "val2014" / "1.png"
+        photo.parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(photo)
+        (place / "data" / "dataset.json").write_text(json.dumps({"images": [image]}))
+        monkeypatch.chdir(place)
+        argv = ["--annotations", "data/dataset.json", "--images", "data/images"]
+        assert caption_questions.main([*argv, "--out", "rows.jsonl"]) == 0
+        assert capsys.readouterr().err == ""
+        (row, _), bad = read_rows(Path("rows.jsonl"), template_name="question")
+        assert (row.image, bad) == (Path("data/images/val2014/1.png"), [])
+        (place / "linked").mkdir()
+        (place / "linked" / "data").symlink_to(place / "data")
+        assert caption_questions.main([*argv[:2], "--images", "linked/data/images", "--out", "linked/rows.jsonl"]) == 0
+        assert Path("linked/rows.jsonl").read_bytes() == Path("rows.jsonl").read_bytes()
+
+        capsys.readouterr()
+        assert caption_questions.main([*argv, "--out", "elsewhere/rows.jsonl"]) == 0
+        assert "give training.alpaca and eval.qa --images data/images" in capsys.readouterr().err
+        (row, _), bad = read_rows(Path("elsewhere/rows.jsonl"), Path("data/images"), template_name="question")
+        assert (row.image, bad) == (Path("data/images/val2014/1.png"), [])
+        contents.append([Path(name).read_bytes() for name in ("rows.jsonl", "elsewhere/rows.jsonl")])
+    assert contents[0] == contents[1]
 
 
 def test_a_picture_that_is_not_there_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

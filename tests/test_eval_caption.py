@@ -17,6 +17,7 @@ import torch
 import mmadapter
 from eval import caption as command
 from eval import caption_metrics
+from eval.caption_sums import caption_sums
 from mmadapter import options
 from mmadapter.captions import CaptionedImage, image_path, match_predictions, read_captions
 
@@ -107,6 +108,7 @@ class FakeSession:
         self.asked: list[str] = []
         self.examples: list[list[str] | None] = []
         self.fail_after = fail_after
+        self.llama = object()
 
     def caption(self, images, *, batch_size=32, beams=None, examples=None):
         self.examples.append(examples)
@@ -343,13 +345,66 @@ def test_scores_equal_pycocoevalcap_itself(tmp_path, monkeypatch, capfd):
     scores = json.loads(out.read_text())
     for metric in ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr"):
         assert scores[metric] == float(judge.eval[metric]) > 0, metric
-    assert [example["CIDEr"] for example in scores["predictions"]] == [
-        float(judge.imgToEval[key]["CIDEr"]) for key in SENTENCES
-    ]
+    for metric in ("METEOR", "ROUGE_L", "CIDEr"):
+        assert [example[metric] for example in scores["predictions"]] == [
+            float(judge.imgToEval[key][metric]) for key in SENTENCES
+        ]
+    assert scores["predictions"][0][
+        "BLEU"
+    ] == {  # a dog runs on the grass; of its pairs of words only "runs on" is in no reference
+        **{"matched": [6, 4, 1, 0], "total": [6, 5, 4, 3], "length": 6, "reference_length": 7}
+    }
+    assert caption_sums(scores["predictions"])["METEOR"].value == pytest.approx(scores["METEOR"])
     assert scores["tokenizer"] == "ptb"
     assert printed.out.startswith("captions.json: 3 images, 6 references\n  Bleu_1 ")
     assert len(printed.out.splitlines()) == 9
     assert "PTBTokenizer" not in printed.err
+
+
+def summed(scores: caption_metrics.CaptionScores, *images: int) -> dict[str, float]:
+    """What `eval.report` makes of the images' counts."""
+    return {name: own.value for name, own in caption_sums([scores.of_image[place] for place in images]).items()}
+
+
+def test_images_add_up_to_every_score(no_java):
+    """Of any of the images, in any order: so a bootstrap may draw them anew. Nothing matches in the last two."""
+    references = [*SENTENCES.values(), ["a dog runs"], ["a cat sleeps"], ["two men walk on sand"]]
+    captions = [*CAPTIONS.values(), "a dog runs", "zzz qqq", ""]
+    scores = caption_metrics.score_captions(references, captions)
+    for images in ((0, 1, 2, 3, 4, 5), (3, 0), (2, 4), (5, 1, 1, 3), (4, 5)):
+        part = caption_metrics.score_captions([references[n] for n in images], [captions[n] for n in images])
+        made = summed(scores, *images)
+        assert made.keys() == {name for name, value in part.metrics.items() if value is not None}
+        for name in made.keys() - {"CIDEr"}:  # it weighs words by the references of the whole set
+            assert made[name] == pytest.approx(part.metrics[name], abs=1e-9), (name, images)
+    assert all(own.value == pytest.approx(scores.metrics[name]) for name, own in caption_sums(scores.of_image).items())
+
+
+# Of METEOR 1.5 itself: its line about a caption and its score. "a dog runs" is its own reference, in nothing does the
+# fifth match, the sixth has an empty reference.
+METEOR_LINES = [
+    ("6 8 3 5 2 2 3 3 0 0 0 0 0 0 0 0 1 0 0 1 2 6 6", 0.36860804476007936),
+    ("7 6 3 2 1 1 1 1 0 0 0 0 0 0 0 0 0 0 0 0 2 2 2", 0.11307420494699648),
+    ("8 5 5 2 2 2 2 2 0 0 0 0 0 0 0 0 0 0 0 0 3 4 4", 0.3029152791078141),
+    ("3 3 1 1 2 2 1 1 0 0 0 0 0 0 0 0 0 0 0 0 1 3 3", 1.0),
+    ("2 2 0 1 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0", 0.0),
+    ("2 0 1 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0", 0.0),
+]
+
+
+@pytest.mark.parametrize(
+    ("images", "score"),
+    [
+        *(((number,), score) for number, (_, score) in enumerate(METEOR_LINES)),
+        (range(6), 0.2726875168944803),
+        ((0, 3), 0.4499476200093007),  # the one chunk of a caption that is its reference is not in the sum
+        ((3, 4), 0.6194690265486725),
+        ((4, 5), 0.0),
+    ],
+)
+def test_meteor_of_its_statistics(images, score):
+    examples = [{"METEOR_statistics": METEOR_LINES[number][0]} for number in images]
+    assert caption_sums(examples)["METEOR"].value == pytest.approx(score, abs=1e-12)
 
 
 @needs_java
@@ -404,7 +459,7 @@ def test_spice_with_its_models(spice_models, fake_java, capfd, monkeypatch):
         "json.dump(rows, open(sys.argv[sys.argv.index('-out') + 1], 'w'))\n"
     )
     sentences = {0: ["a dog"], 1: ["a cat"], 2: ["a man"]}
-    assert caption_metrics.spice(sentences, sentences) == 0.25
+    assert caption_metrics.spice(sentences, sentences) == (0.25, [{"SPICE": 0.0}, {"SPICE": 0.25}, {"SPICE": 0.5}])
     assert capfd.readouterr().out == ""
     assert "JDK_JAVA_OPTIONS" not in os.environ
 
@@ -467,6 +522,7 @@ def test_json_record(tmp_path, no_java):
     assert scores["predictions_hash"] == command.file_sha256(predictions)
     assert (scores["adapter"], scores["base_hash"]) == (None, None)
     assert scores["versions"]["pycocoevalcap"]
+    assert "pillow" not in scores["versions"]
     assert {"time", "git_commit", "seconds", "seed"} <= set(scores)
     first = scores["predictions"][0]
     assert (first["image"], first["caption"]) == ("val2014/1.jpg", CAPTIONS[1])
@@ -488,8 +544,8 @@ def test_perfect_and_empty_captions(no_java):
     perfect = caption_metrics.score_captions(references, [group[0] for group in references])
     assert perfect.metrics["Bleu_4"] == pytest.approx(1)
     assert perfect.metrics["ROUGE_L"] == pytest.approx(1)
-    assert perfect.cider_of_image[1] == pytest.approx(10)
-    assert perfect.metrics["CIDEr"] == pytest.approx(sum(perfect.cider_of_image) / 3)
+    assert perfect.of_image[1]["CIDEr"] == pytest.approx(10)
+    assert perfect.metrics["CIDEr"] == pytest.approx(sum(own["CIDEr"] for own in perfect.of_image) / 3)
     empty = caption_metrics.score_captions(references, ["", "", ""])
     assert empty.metrics["ROUGE_L"] == empty.metrics["CIDEr"] == 0
 
@@ -510,8 +566,9 @@ def model_arguments(folder: Path, pictures: Path, *more: str) -> list[str]:
 
 
 def test_model_run(tmp_path, pictures, no_java, monkeypatch):
-    session, loaded = FakeSession(), []
+    session, loaded, packed = FakeSession(), [], []
     monkeypatch.setattr(mmadapter, "load", lambda **settings: loaded.append(settings) or session, raising=False)
+    monkeypatch.setattr("mmadapter.packed.pack", packed.append)
     out = tmp_path / "out.json"
     more = ["--json", str(out), "--dtype", "float32", "--gate", "identity", "--prompt-length", "3"]
     assert command.main(model_arguments(tmp_path, pictures, *more)) == 0
@@ -526,9 +583,12 @@ def test_model_run(tmp_path, pictures, no_java, monkeypatch):
             "gate": "identity",
         }
     ]
+    assert packed == [session.llama]
     scores = json.loads(out.read_text())
     assert scores["predictions"][1]["caption"] == "a photo called 000000000002"
     assert scores["model"]["adapter"] == "none"
+    assert scores["versions"]["pillow"]
+    assert "open_clip_torch" in scores["versions"]
 
 
 @pytest.mark.parametrize("torn", [b'{"im', b'{"image": "000000000002.jpg", "caption": "caf\xc3'])  # within a character
@@ -536,14 +596,14 @@ def test_a_stopped_run_goes_on_from_its_predictions(torn, tmp_path, pictures, no
     """Resumed equals uninterrupted, also where the file ends within a line."""
     whole, resumed = tmp_path / "whole.jsonl", tmp_path / "resumed.jsonl"
     monkeypatch.setattr(command, "load_session", lambda args: FakeSession())
-    assert command.main(model_arguments(tmp_path, pictures, "--predictions-out", str(whole))) == 0
+    assert command.main(model_arguments(tmp_path, pictures, "--out", str(whole))) == 0
     first, *_ = whole.read_bytes().splitlines(keepends=True)
     resumed.write_bytes(first + torn)
 
     session = FakeSession()
     monkeypatch.setattr(command, "load_session", lambda args: session)
     capsys.readouterr()
-    assert command.main(model_arguments(tmp_path, pictures, "--predictions-out", str(resumed))) == 0
+    assert command.main(model_arguments(tmp_path, pictures, "--out", str(resumed))) == 0
     assert session.asked == ["000000000002.jpg", "000000000003.jpg"]
     assert resumed.read_bytes() == whole.read_bytes()
     assert "1 of 3 captions are in" in capsys.readouterr().err
@@ -561,7 +621,7 @@ def test_what_is_done_before_an_interruption_is_kept(tmp_path, pictures, monkeyp
     path.write_text(json.dumps({"images": images, "annotations": annotations}))
     monkeypatch.setattr(command, "load_session", lambda args: FakeSession(fail_after=8))
     arguments = ["--annotations", str(path), "--adapter", "a", "--images", str(pictures), "--batch-size", "1"]
-    assert command.main([*arguments, "--predictions-out", str(out)]) == 130
+    assert command.main([*arguments, "--out", str(out)]) == 130
     assert len(out.read_text().splitlines()) == 8
     assert capsys.readouterr().err.endswith("error: interrupted\n")
 
@@ -578,7 +638,7 @@ def test_other_predictions_are_not_taken_over_or_harmed(tmp_path, pictures, cont
     monkeypatch.setattr(command, "load_session", lambda args: pytest.fail("loaded a model"))
     out = tmp_path / "kept.jsonl"
     out.write_text(content)
-    assert command.main(model_arguments(tmp_path, pictures, "--predictions-out", str(out))) == 1
+    assert command.main(model_arguments(tmp_path, pictures, "--out", str(out))) == 1
     assert message in capsys.readouterr().err
     assert out.read_text() == content
 
@@ -629,7 +689,7 @@ def test_a_missing_picture_is_named_before_the_model_is_loaded(tmp_path, picture
         (["--predictions", "p", "--adapter", "a", "--images", "i"], "give either"),
         (["--adapter", "a"], "--adapter and --images go together"),
         (["--predictions", "p", "--images", "i"], "--adapter and --images go together"),
-        (["--predictions", "p", "--predictions-out", "o"], "--predictions-out is about a model that answers"),
+        (["--predictions", "p", "--out", "o"], "--out is about a model that answers"),
         (["--predictions", "p", "--shots", "0"], "--shots is about a model that answers; it goes with --adapter"),
         (["--predictions", "p", "--limit", "0"], "--limit must be at least 1"),
         (["--adapter", "a", "--images", "i", "--beams", "0"], "--beams must be at least 1"),

@@ -197,6 +197,9 @@ class FakeWordNet:
         if self.missing:
             raise LookupError("a page of\nhelp")
 
+    def get_version(self) -> str:
+        return "9.1"
+
     def synsets(self, term: str, pos: str) -> list[FakeSense]:
         assert pos == self.NOUN
         self.looked_up.append(term)
@@ -240,6 +243,16 @@ def system_wordnet():
 def no_nltk(monkeypatch):
     monkeypatch.setitem(sys.modules, "nltk", None)
     monkeypatch.setitem(sys.modules, "nltk.corpus", None)
+
+
+def test_a_place_that_is_another_questions_id_is_refused(tmp_path):
+    """One answer, under "1", would have been scored as that of both questions."""
+    rows = [{"id": "1", "question": "a", "answer": "x", "split": "val"}, {"question": "b", "answer": "y"}]
+    gold = read_gold(written(tmp_path / "rows.json", rows))
+    with pytest.raises(ValueError, match=r"rows\.json: 1 id \(1\) of one question and the place of another, which has"):
+        of_split(gold, "val")
+    gold = read_gold(written(tmp_path / "rows.json", rows[::-1]))  # the other is in place 0: nothing is shared
+    assert [question.id for question in of_split(gold, "val")[0]] == ["0", "1"]
 
 
 def test_wordnet_gives_the_nearest_senses(wordnet):
@@ -571,6 +584,8 @@ def test_scores_of_questions_about_pictures(tmp_path, capsys, wordnet):
     }
     assert record["split"] == "test"
     assert record["predictions"][0]["image"] == "0.png"
+    assert record["versions"]["wordnet"] == "9.1"
+    assert "pillow" not in record["versions"]
     shown = capsys.readouterr().out
     assert shown.startswith("rows.json, test: 5 questions\n")
     assert 'always "2"' in shown
@@ -587,6 +602,7 @@ def test_underscores_are_blanks_in_predictions_too(tmp_path, no_nltk, capsys):
     assert record["wups_0.9"] is None
     assert record["predictions"][0]["answer"] == "wine_glass, cup"
     assert "WUPS is left out: nltk is not installed" in capsys.readouterr().err
+    assert "wordnet" not in record["versions"]
 
 
 def test_the_commonest_answer_of_another_file(tmp_path):

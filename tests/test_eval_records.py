@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from argparse import Namespace
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 import tiny_session
 from tiny_session import Tiny
 
-from eval import caption, instruct, qa, records, scienceqa
+from eval import caption, instruct, ner, ner_texts, qa, records, scienceqa
+from mmadapter import record as record_module
 from mmadapter.checkpoint import FILE_NAME, Fingerprint
 from mmadapter.record import file_sha256
 from mmadapter.tokenizer import open_tokenizer
@@ -67,10 +69,20 @@ def instruct_run(tiny: Tiny, folder: Path) -> tuple[object, list[str]]:
     return instruct, ["--data", str(written(folder / "rows.json", rows)), "--held-out", "2"]
 
 
-@pytest.mark.parametrize("run", [caption_run, qa_run, scienceqa_run, instruct_run])
+def ner_run(tiny: Tiny, folder: Path) -> tuple[object, list[str]]:
+    folder.mkdir(parents=True)
+    for name in ("gold", "train"):
+        lines = ["TOKEN\tNE-COARSE-LIT", f"# hipe2022:document_id = {name}", "Paris\tB-loc", "dort\tO", ""]
+        (folder / f"{name}.tsv").write_text("\n".join(lines))
+    options = ["--gold", str(folder / "gold.tsv"), "--train", str(folder / "train.tsv"), "--max-new-tokens", "2"]
+    return ner, options
+
+
+@pytest.mark.parametrize("run", [caption_run, qa_run, scienceqa_run, instruct_run, ner_run])
 def test_every_result_file_has_the_same_fields(run, tiny, tmp_path, monkeypatch):
     """And `--adapter none --shots 1 --seed 3` asks the base of every task with an example."""
     monkeypatch.setattr("eval.caption_metrics.java_version", lambda: None)
+    monkeypatch.setattr(ner_texts, "INSTRUCTIONS", {"json": "List {types}"})  # short, as the tiny context is
     command, options = run(tiny, tmp_path / "data")
     out = tmp_path / "scores.json"
     base = {"base": str(tiny.llama), "base_hash": records.base_identity(str(tiny.llama))["base_hash"]}
@@ -151,6 +163,57 @@ def test_a_scored_file_of_kept_answers_names_their_model(tiny, tmp_path):
     for name in ("adapter", "adapter_hash", "base", "base_hash", "model", "predictions", "exact_match"):
         assert scored[name] == asked[name], name
     assert (asked["predictions_hash"], scored["predictions_hash"]) == (None, file_sha256(kept))
+
+
+def test_shots_and_seed_are_those_that_the_answers_were_made_with(tiny, tmp_path):
+    """Scoring the file that `--shots 1 --seed 5` kept once said shots 0 and seed 0."""
+    command, options = qa_run(tiny, tmp_path)
+    kept, out = tmp_path / "kept.jsonl", tmp_path / "out.json"
+    asked = ["--shots", "1", "--seed", "5", "--out", str(kept)]
+    assert command.main([*options, *model_options(tiny, "none"), *asked]) == 0
+    score = [*options[:2], "--predictions", str(kept), "--json", str(out)]
+    assert command.main(score) == 0
+    assert [json.loads(out.read_text())[name] for name in ("shots", "seed")] == [1, 5]
+    line = json.loads(kept.read_text())
+    del line["model"]["seed"]  # as older files have it
+    kept.write_text(json.dumps(line))
+    assert command.main(score) == 0
+    assert [json.loads(out.read_text())[name] for name in ("shots", "seed")] == [1, None]
+
+
+def test_the_seed_of_a_score_is_the_one_that_chose_what_is_scored(tiny, tmp_path):
+    """Of ScienceQA the seed also holds rows out, and draws answers: then it is this command's, whoever was asked."""
+    command, options = scienceqa_run(tiny, tmp_path)
+    kept, out = tmp_path / "kept.jsonl", tmp_path / "out.json"
+    asked = ["--shots", "1", "--seed", "5", "--out", str(kept)]
+    assert command.main([*options, *model_options(tiny, "none"), *asked]) == 0
+    for more, seed in (([], 5), (["--on-unparsed", "random", "--seed", "2"], 2)):
+        assert command.main([*options[:2], "--predictions", str(kept), "--json", str(out), *more]) == 0
+        found = json.loads(out.read_text())
+        assert (found["seed"], found["shots"]) == (seed, 1)
+
+
+def test_a_changed_tree_is_not_its_commit(tmp_path, monkeypatch):
+    def git(*arguments: str) -> str:
+        names = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        done = subprocess.run(["git", *names, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    source = tmp_path / "mmadapter" / "record.py"
+    source.parent.mkdir()
+    source.write_text("1\n")
+    monkeypatch.setattr(record_module, "__file__", str(source))
+    assert record_module.git_commit() is None
+    git("init", "-q")
+    assert record_module.git_commit() is None
+    git("add", ".")
+    git("commit", "-q", "-m", "one")
+    (tmp_path / "untracked").touch()
+    assert record_module.git_commit() == git("rev-parse", "HEAD")
+    source.write_text("2\n")
+    assert record_module.git_commit() == git("rev-parse", "HEAD") + "-dirty"
+    monkeypatch.setattr(record_module, "__file__", str(tmp_path / "mmadapter" / "deeper" / "record.py"))
+    assert record_module.git_commit() is None, "another repository's"
 
 
 def test_a_record_of_a_command_without_a_model(tmp_path):

@@ -19,7 +19,8 @@ import pytest
 from PIL import Image
 
 import eval.statistics as statistics
-from eval import ner, qa, scienceqa
+from eval import caption_metrics, ner, qa, scienceqa
+from eval.caption_sums import caption_sums
 from eval.published import TABLES
 from eval.report import DESCRIPTION, main
 from eval.report_content import build
@@ -261,7 +262,7 @@ def score_captions(world: Path, name: str, captions: list[str], ciders: list[flo
         "model": {"llama": "tiny", "adapter": name, "beams": 1, "shots": 0},
         "command": f"python -m eval.caption --annotations {annotations} --adapter {name}",
         "git_commit": "0" * 40,
-        "data_hash": file_sha256(annotations),
+        "data_hash": file_sha256(annotations) if annotations.exists() else "",
         "examples": [
             {"image": f"{number}.jpg", "caption": caption, "CIDEr": cider}
             for number, (caption, cider) in enumerate(zip(captions, ciders, strict=True))
@@ -463,6 +464,46 @@ def test_captions_have_an_interval_where_images_add_up(world: Path, capsys) -> N
     assert float(rows[0][3]) < 0.02
 
 
+def test_captions_with_counts_have_intervals_and_tests_throughout(world: Path, tmp_path: Path, capsys) -> None:
+    """BLEU and METEOR are of sums over images; beside an older file without the counts only the tests are missing."""
+    references = [
+        ["a dog runs on the wet grass", "the dog runs"],
+        ["two cats sleep on a bed"],
+        ["a man rides a wave"],
+    ] * 4
+    paths = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(caption_metrics, "java_version", lambda: None)
+        for name, captions in (
+            ("new", ["a dog runs on grass", "two cats sleep on a bed", "a man on a big wave"] * 4),
+            ("other", ["a dog on the grass", "a cat", "a man rides a big wave"] * 4),
+        ):
+            scores = caption_metrics.score_captions(references, captions)
+            lines = {"METEOR_statistics": f"5 7 2 3 3 3 1 1 {'0 ' * 12}2 4 4"}
+            examples = [{"image": f"{n}.jpg", "caption": "x", **lines, **own} for n, own in enumerate(scores.of_image)]
+            examples[0]["METEOR_statistics"] = f"7 7 3 3 4 4 3 3 {'0 ' * 12}1 7 7"  # its own reference
+            sums = {name: own.value for name, own in caption_sums(examples).items()}
+            paths.append(score_captions(tmp_path, name, ["x"], [0.0], examples=examples, left_out={}, **sums))
+    text = report(capsys, *paths)
+    head, _, new, _ = table(text, "| run | how |")
+    assert head[2:] == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr"]
+    for cell in new[2:]:
+        assert re.fullmatch(r"\d\.\d{4} \[\d\.\d{3}, \d\.\d{3}\]", cell)
+    low, high = (float(end) for end in re.findall(r"\d\.\d{3}\b", new[5].partition(" ")[2]))
+    assert low < float(new[5].split()[0]) < high
+    assert "without interval and test" not in text
+    tests = {row[1]: row[4] for row in table(text, "| run | score | difference |")[2:]}
+    means = {"ROUGE-L", "CIDEr"}
+    assert tests == {name: "sign permutation" if name in means else "approximate randomisation" for name in head[2:]}
+    examples = [{"image": own["image"], "caption": "x"} for own in json.loads(paths[1].read_text())["examples"]]
+    text = report(capsys, paths[0], changed(paths[1], tmp_path / "old.json", examples=examples))
+    assert "## Against" not in text
+    broken = json.loads(paths[0].read_text())["examples"]
+    broken[3]["METEOR_statistics"] = "1 2 3"
+    error = refused(capsys, changed(paths[0], tmp_path / "broken.json", examples=broken))
+    assert "is not as eval.caption writes it (TypeError('expected 23 numbers of each image'))" in error
+
+
 def test_questions_entities_and_losses(world: Path, capsys) -> None:
     text = report(capsys, world / "qa-yes.json", world / "qa-no.json")
     assert table(text, "| run | how |")[0] == ["run", "how", "exact match", "F1"]
@@ -543,8 +584,12 @@ def test_texts_of_files_are_no_markdown(world: Path, tmp_path: Path, capsys) -> 
 def test_published_figures_are_consistent() -> None:
     """A slip of the pen in Table 2: avg is the mean of NAT, SOC and LAN over 2,252, 889 and 1,100 questions."""
     rows = next(one for one in TABLES if one.name == "scienceqa-test").rows
-    assert len(rows) == 15
+    assert len(rows) == 17
+    averages = {row.model: row.scores for row in rows if len(row.scores) == 1}
+    assert averages == {"LLaMA-7B, zero-shot, text": {"avg": "40.32"}, "LLaMA-7B, 3 shots, text": {"avg": "43.69"}}
     for row in rows:
+        if row.model in averages:
+            continue
         scores = {name: float(text) for name, text in row.scores.items()}
         assert len(scores) == 9
         by_subject = (2252 * scores["NAT"] + 889 * scores["SOC"] + 1100 * scores["LAN"]) / 4241
@@ -577,6 +622,8 @@ def test_published_rows_stand_beside_runs_over_their_test_set_only(world: Path, 
     rows = table(text, "| run | how |")
     assert rows[-1][0] == "*published:* LLaMA-Adapter (1)"
     assert rows[-1][1:4] == ["1.8M trained", "85.19", "84.37"]
+    zero_shot = next(row for row in rows if "zero-shot" in row[0])
+    assert zero_shot[1:] == ["nothing trained", "40.32", *[""] * 8]
     assert "(1) LLaMA-Adapter, Zhang et al. 2023, arXiv 2303.16199, Table 2" in text
     message = refused(capsys, world / "good.json", "--published", "nonsense")
     assert "no published table 'nonsense' for the task scienceqa; there is: scienceqa-test" in message
@@ -895,12 +942,17 @@ def test_a_score_file_reaches_no_picture_outside_the_folder(world: Path, tmp_pat
     """Names of images come from the score file: `../secret.png` would put a private picture into a page to share."""
     Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
     (tmp_path / "pictures").mkdir()
-    names = ["../secret.png", str(tmp_path / "secret.png")]
+    Image.new("RGB", (9, 9)).save(tmp_path / "pictures" / "open.png")
+    names = ["../secret.png", str(tmp_path / "secret.png"), "/nowhere/open.png"]
     examples = [{"image": name, "caption": "x", "CIDEr": n / 2} for n, name in enumerate(names)]
-    path = changed(world / "scores-a.json", tmp_path / "x.json", examples=examples, CIDEr=0.25)
-    page, _ = page_of(capsys, tmp_path, path, "--images", tmp_path / "pictures")
-    assert page.all("article")
-    assert page.all("img") == []
+    path = changed(world / "scores-a.json", tmp_path / "x.json", examples=examples, CIDEr=0.5)
+    out = tmp_path / "page.html"
+    options = ["--images", str(tmp_path / "pictures"), "--html", str(out), "--resamples", "200"]
+    assert main([str(path), *options]) == 0
+    assert f"no picture {tmp_path / 'secret.png'}: it is not in --images" in capsys.readouterr().err
+    page = Page(out.read_text())
+    assert len(page.all("article")) == 9
+    assert {attributes["alt"] for attributes in page.all("img")} == {"Picture /nowhere/open.png"}
 
 
 def test_bars_are_as_long_as_the_scores(world: Path, tmp_path: Path, capsys) -> None:
@@ -920,6 +972,27 @@ def test_a_report_without_questions_says_what_to_give(world: Path, tmp_path: Pat
     page, _ = page_of(capsys, tmp_path, world / "good.json")
     assert page.all("article") == []
     assert "The questions are not shown: give the data set's folder as --data." in [text for _, text in page.texts]
+
+
+def test_a_page_without_pictures_or_references_says_what_to_give(world: Path, tmp_path: Path, capsys) -> None:
+    pictures, wrote = "The pictures are not shown: give their folder as --images.", "What people wrote is not shown: "
+    data = ["--data", world / "dataset_tiny.json"]
+    for options, said in (([], [True, True]), (data, [True, False]), (["--images", world / "pictures"], [False, True])):
+        _, text = page_of(capsys, tmp_path, world / "scores-a.json", *options)
+        assert [pictures in text, f"{wrote}give the captions&#x27; annotations as --data." in text] == said
+    examples = [
+        {**example, "image": "a.png"} for example in json.loads((world / "qa-yes.json").read_text())["predictions"]
+    ]
+    seen = changed(world / "qa-yes.json", tmp_path / "seen.json", predictions=examples)
+    for path, expected in ((seen, True), (world / "qa-yes.json", False)):
+        _, text = page_of(capsys, tmp_path, path)
+        assert (pictures in text, wrote in text) == (expected, False)
+
+
+def test_a_changed_tree_is_said_to_be_one(world: Path, tmp_path: Path, capsys) -> None:
+    path = changed(world / "scores-a.json", tmp_path / "x.json", git_commit="1" * 40 + "-dirty")
+    assert f"| {'1' * 12}-dirty |" in report(capsys, path)
+    assert f"commit {'1' * 8}-dirty" in page_of(capsys, tmp_path, path)[1]
 
 
 def test_a_browser_shows_the_page_at_every_width(world: Path, tmp_path: Path, capsys) -> None:
