@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gradio as gr
 
 from app import controls
 from app.outcome import Outcome
-from app.picture import picture_input, sample_buttons
+from app.picture import opener, picture_input, sample_buttons
 from app.render import empty, outcome_html
-from app.tasks import Tasks
+from app.tasks import Tasks, examples
 
 HINT = empty("Answers appear here", "Choose a picture and ask; it stays for the next question.")
 QUESTIONS = ("What is in this picture?", "What color is it?", "Is there a person?")
@@ -27,6 +27,7 @@ def build_ask_tab(tasks: Tasks) -> None:
         with gr.Column(scale=6, min_width=300):
             current, outcome, asked = controls.new_current(), gr.State(None), gr.State("")
             history = gr.State(())  # (question, outcome) of what stands below the answer, the latest first
+            pending = gr.State("")  # what is asked as soon as the picture is there
             question = gr.Textbox(
                 "",
                 label="Question",
@@ -36,10 +37,7 @@ def build_ask_tab(tasks: Tasks) -> None:
                 elem_id="ask-question",
             )
             with gr.Row(elem_classes="actions quick"):
-                for text in QUESTIONS:
-                    gr.Button(text, size="sm").click(
-                        lambda text=text: text, None, question, queue=False, **controls.QUIET
-                    )
+                quick = [gr.Button(text, size="sm") for text in QUESTIONS]
             with gr.Accordion("Choices (optional)", open=False, elem_id="ask-options"):
                 choices = gr.Textbox(
                     "",
@@ -73,7 +71,10 @@ def build_ask_tab(tasks: Tasks) -> None:
         who, how = controls.sides(*values[:4]), controls.settings(*values[4:])
         outcomes = tasks.ask(path, text, who, how, options.splitlines(), running)
         first = True
-        for update in panel.show(outcomes, text.strip()):
+        for update in panel.show(outcomes, running, text.strip()):
+            if outcome not in update:
+                yield update
+                return
             failed = bool(update[outcome].error)
             if first and not failed:
                 first = False
@@ -84,15 +85,39 @@ def build_ask_tab(tasks: Tasks) -> None:
                 update |= {question: text}  # to be asked again
             yield update | {asked: (text.strip(), None if failed else update[outcome])}
 
-    def cleared() -> dict:
-        return {result: HINT, outcome: None, asked: "", history: (), earlier: ""}
+    def asker(text: str) -> Callable[..., Iterator[dict]]:
+        """One click asks; without a picture, about the first of the samples."""
+
+        def ask(path: str | None, _: str, *values: Any) -> Iterator[dict]:
+            if path is None and examples():
+                yield {picture: opener(examples()[0])(), question: text, pending: text}
+                yield {question: text}  # Gradio sends the last update twice, and the picture would arrive twice
+            else:
+                yield from write(path, text, *values)
+
+        return ask
+
+    def arrived(path: str | None, wanted: str, options: str, running: Any, *values: Any) -> Iterator[dict]:
+        """Another picture: what was asked about the one before goes, and what is on its way is not shown."""
+        running.turn()
+        running.stop()
+        hint = {result: HINT, outcome: None, stop: gr.Button(interactive=False)}
+        yield hint | {asked: "", history: (), earlier: "", pending: ""}
+        if path is not None and wanted:
+            yield from write(path, wanted, options, (), "", running, *values)
 
     inputs = [picture, question, choices, history, asked, current, *model, *decoding]
     outputs = [*panel.outputs, question, history, earlier, asked]
-    answering = gr.on([go.click, question.submit], write, inputs, outputs, trigger_mode="multiple", **controls.QUIET)
-    judging(answering)
-    looking(answering)
-    picture.change(cleared, None, [result, outcome, asked, history, earlier], **controls.QUIET)
+    events = [gr.on([go.click, question.submit], write, inputs, outputs, trigger_mode="multiple", **controls.QUIET)]
+    for button, text in zip(quick, QUESTIONS, strict=True):
+        events.append(
+            button.click(asker(text), inputs, [*outputs, picture, pending], trigger_mode="multiple", **controls.QUIET)
+        )
+    changed = [picture, pending, choices, current, *model, *decoding]
+    events.append(picture.change(arrived, changed, [*outputs, pending], trigger_mode="multiple", **controls.QUIET))
+    for answering in events:
+        judging(answering)
+        looking(answering)
 
 
 def _earlier(history: tuple[tuple[str, Outcome], ...]) -> str:

@@ -23,10 +23,10 @@ def build_caption_tab(tasks: Tasks) -> None:
             sample_buttons(picture)
         with gr.Column(scale=6, min_width=300):
             current, outcome = controls.new_current(), gr.State(None)
-            result = gr.HTML(HINT, elem_id="caption-result")
-            with gr.Row(elem_classes="actions"):
+            with gr.Row(elem_classes="actions"):  # above what grows, so that Stop stays where it is
                 go = gr.Button("Caption", variant="primary", scale=3, elem_id="caption-go")
                 stop = controls.stop_button(current)
+            result = gr.HTML(HINT, elem_id="caption-result")
             judging = controls.judge_row(tasks, outcome)
     model = controls.model_controls(tasks, "caption")
     with gr.Accordion("Settings", open=False):
@@ -46,10 +46,11 @@ def build_caption_tab(tasks: Tasks) -> None:
 
     def write(path: str | None, running: Any, number: int, *values: Any) -> Iterator[dict]:
         who, how = controls.sides(*values[:4]), controls.settings(*values[4:])
-        yield from panel.show(tasks.caption(path, who, how, int(number), running))
+        yield from panel.show(tasks.caption(path, who, how, int(number), running), running)
 
     def arrived(path: str | None, *values: Any) -> Iterator[dict]:
         if path is None:
+            values[0].turn()  # what is still on its way is not shown
             values[0].stop()
             yield {result: HINT, outcome: None, stop: gr.Button(interactive=False)}
         else:

@@ -11,19 +11,25 @@ import gradio as gr
 from app import controls
 from app.outcome import Answer, Outcome, Side
 from app.picture import picture_input
-from app.render import chat_text, problem, side_name, status_text
+from app.render import AS_WRITTEN, chat_text, problem, side_name, status_text
 from app.tasks import Tasks
 
 STARTERS = ("Tell me about alpacas.", "Write a haiku about rain.", "Why is the sky blue?")
 HEIGHT = 480
+GONE = "The server was started anew and does not know this conversation any more; please begin a new one."
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What the user said and what each side answered; a turn from before a comparison has one answer for both."""
+    """What the user said and what each side answered; a turn from before a comparison has one answer for both.
+
+    Attributes:
+        retries: How often another answer was asked for; each is drawn with a seed of its own.
+    """
 
     user: str
     answers: tuple[Answer, ...] = ()
+    retries: int = 0
 
     def answer(self, side: int) -> Answer | None:
         return self.answers[min(side, len(self.answers) - 1)] if self.answers else None
@@ -51,7 +57,7 @@ def bubbles(talk: Talk, side: int) -> list[dict[str, str]]:
         text = "" if answer is None else chat_text(answer.text)
         if not text:
             text = "*(nothing was written)*" if answer is not None and answer.done else "…"
-        shown += [{"role": "user", "content": turn.user}, {"role": "assistant", "content": text}]
+        shown += [{"role": "user", "content": chat_text(turn.user)}, {"role": "assistant", "content": text}]
     return shown
 
 
@@ -103,25 +109,27 @@ def build_chat_tab(tasks: Tasks) -> None:
         decoding = controls.decoding_controls(tasks, "chat")
     looking = controls.inside_panel(tasks, outcome)
 
-    def answer(before: Talk, said: str, values: Sequence[Any]) -> Iterator[dict]:
+    def answer(before: Talk, said: str, values: Sequence[Any], retries: int = 0) -> Iterator[dict]:
         """Adds a turn and writes its answers."""
         path, prompt, running, *rest = values
         if not said.strip():
             yield {status: problem("Please write a message first.")}
             return
         who, how = controls.sides(*rest[:4]), controls.settings(*rest[4:])
+        how["seed"] += retries
         after = (*before, Turn(said.strip()))
         asked = [spoken(after, side, prompt) for side in range(len(who))]
         first, turn = True, running.turn()
         for state in tasks.chat(asked, path, who, how, running):
             if running.turns != turn:  # undone, or another answer was asked for meanwhile
+                yield {stop: gr.skip()}  # Gradio sends the last update twice
                 return
             update: dict = {text: ""} if first and not state.error else {}
             first = False
             if state.error:
                 update |= {talk: before, text: said} | _shown(chatbots, before, who)
             else:
-                after = (*before, Turn(said.strip(), state.answers))
+                after = (*before, Turn(said.strip(), state.answers, retries))
                 update |= {talk: after} | _shown(chatbots, after, who)
             yield update | {
                 outcome: state,
@@ -129,7 +137,7 @@ def build_chat_tab(tasks: Tasks) -> None:
                 stop: gr.Button(interactive=not state.done),
             }
 
-    ended = {outcome: None, status: controls.thanks(""), stop: gr.Button(interactive=False)}
+    ended = {outcome: None, status: controls.thanks(""), stop: gr.update(interactive=False)}  # a Button would be built
     context = [picture, system, current, *model, *decoding]
     outputs = [*chatbots, talk, text, outcome, status, stop]
 
@@ -138,15 +146,20 @@ def build_chat_tab(tasks: Tasks) -> None:
 
     def retry(event: gr.RetryData, before: Talk, *values: Any) -> Iterator[dict]:
         turn = _turn(event.index)
-        yield from answer(before[:turn], before[turn].user, values)
+        if turn >= len(before):
+            yield {status: problem(GONE)}
+        else:
+            yield from answer(before[:turn], before[turn].user, values, before[turn].retries + 1)
 
     def edit(event: gr.EditData, before: Talk, *values: Any) -> Iterator[dict]:
-        yield from answer(before[: _turn(event.index)], str(event.value), values)
+        yield from answer(before[: _turn(event.index)], str(event.value).replace(AS_WRITTEN, ""), values)
 
     def undo(event: gr.UndoData, before: Talk, running: Any, *model: Any) -> dict:
         running.turn()
         running.stop()
         turn = _turn(event.index)
+        if turn >= len(before):
+            return ended | {status: problem(GONE)}
         kept = before[:turn]
         return ended | {talk: kept, text: before[turn].user} | _shown(chatbots, kept, controls.sides(*model))
 
@@ -163,7 +176,8 @@ def build_chat_tab(tasks: Tasks) -> None:
 
     def judge(side: int) -> Callable[..., str]:
         def judged(event: gr.LikeData, shown: Talk) -> str:
-            found = shown[_turn(event.index)].answer(side)
+            turn = _turn(event.index)
+            found = shown[turn].answer(side) if turn < len(shown) else None
             if found is None:
                 return controls.thanks("There is no answer to judge yet.")
             verdicts: Mapping[Any, str] = {True: "up", False: "down", "Like": "up", "Dislike": "down"}
@@ -198,7 +212,6 @@ def _chatbot(side: int) -> gr.Chatbot:
         visible=side == 0,
         editable="user",
         buttons=["copy"],
-        latex_delimiters=[],
         placeholder="<strong>Say something</strong><br>or begin with one of these",
         examples=[{"text": text} for text in STARTERS],
         elem_id=f"chat-{side}",

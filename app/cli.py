@@ -63,7 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--queue", metavar="N", type=_positive, default=32, help="requests that may wait (default: %(default)s)"
     )
     serving.add_argument(
-        "--feedback", metavar="FILE", type=Path, help="keep thumbs and comments in FILE, as JSON lines"
+        "--feedback",
+        metavar="FILE",
+        type=Path,
+        help="keep thumbs and comments in FILE, as JSON lines; none keeps none (default: one in the cache folder)",
     )
     serving.add_argument(
         "--log", metavar="FILE", type=Path, help="log to FILE, as JSON lines (default: standard error)"
@@ -144,12 +147,33 @@ def offered_adapters(session: Session, wanted: str | None, vision: str | None = 
     return names
 
 
-def _load(args: argparse.Namespace) -> tuple[Service, Feedback | None]:
+def open_feedback(file: Path | None) -> Feedback | None:
+    """Where thumbs and comments go: a file, with None one in the cache folder if that can be, with "none" nowhere.
+
+    Raises:
+        OSError: The file that was named cannot be written.
+    """
     from app.feedback import Feedback
+    from mmadapter.weights.store import cache_folder
+
+    if file == Path("none"):
+        return None
+    try:
+        feedback = Feedback(file or cache_folder() / "feedback.jsonl")
+    except OSError as error:
+        if file is not None:
+            raise
+        print(f"Feedback is not kept: {error}", file=sys.stderr, flush=True)
+        return None
+    print(f"Feedback is kept in {feedback.path}", file=sys.stderr, flush=True)
+    return feedback
+
+
+def _load(args: argparse.Namespace) -> tuple[Service, Feedback | None]:
     from app.log import Log
     from app.service import Service
 
-    feedback = None if args.feedback is None else Feedback(args.feedback)
+    feedback = open_feedback(args.feedback)
     log = Log(args.log)
     start = time.monotonic()
     print(f"Loading {args.llama} ...", file=sys.stderr, flush=True)

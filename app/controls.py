@@ -12,7 +12,7 @@ from gradio.components import Component
 
 from app.inside import inside_html
 from app.outcome import AUTOMATIC, BASE, Outcome, Side
-from app.render import empty, outcome_html, problem, side_name
+from app.render import by_side, empty, outcome_html, problem, side_name
 from app.service import Busy, Failure
 from app.tasks import Current, Tasks, sentence
 
@@ -47,7 +47,7 @@ def model_controls(tasks: Tasks, task: str) -> list[Component]:
             [("Nothing", NOBODY), *choices],
             value=NOBODY,
             label="Compare with",
-            info="Side by side, in one batch.",
+            info="Side by side.",
             filterable=False,
             elem_id=f"{task}-against",
         )
@@ -76,7 +76,13 @@ def decoding_controls(tasks: Tasks, task: str) -> list[Component]:
         length = gr.Slider(1, longest, start["max_new_tokens"], step=1, label="Most tokens", info="Of an answer")
         seed = gr.Number(start["seed"], precision=0, minimum=0, label="Seed", info="Same seed, same text")
         beams = gr.Slider(
-            1, 8, start["beams"], step=1, label="Beams", info="1 streams, 4 searches", visible=task != "chat"
+            1,
+            8,
+            start["beams"],
+            step=1,
+            label="Beams",
+            info="1 streams; more search, and Stop waits",
+            visible=task != "chat",
         )
     return [temperature, top_p, length, seed, beams]
 
@@ -112,9 +118,13 @@ class Panel:
     def outputs(self) -> list[Component]:
         return [self.result, self.outcome, self.stop]
 
-    def show(self, outcomes: Iterator[Outcome], question: str = "") -> Iterator[dict[Component, Any]]:
-        """What to change on the page for each outcome."""
+    def show(self, outcomes: Iterator[Outcome], running: Current, question: str = "") -> Iterator[dict[Component, Any]]:
+        """What to change on the page for each outcome; nothing any more once the session has begun another turn."""
+        turn = running.turn()
         for outcome in outcomes:
+            if running.turns != turn:
+                yield {self.stop: gr.skip()}  # Gradio sends the last update twice
+                return
             yield {
                 self.result: outcome_html(outcome, question),
                 self.outcome: outcome,
@@ -188,30 +198,34 @@ def inside_panel(tasks: Tasks, outcome: gr.State) -> Callable[..., Any]:
     hint = empty("Look inside", "Ask something; then this shows what the adapter did to the answer.")
     with gr.Accordion("Look inside: gates, attention, scales", open=False) as accordion:
         view = gr.HTML(hint)
-    is_open = gr.State(False)
+    is_open, current = gr.State(False), new_current()
 
-    def look(shown: Outcome | None) -> str:
+    def look(shown: Outcome | None, running: Current) -> str:
         if shown is None or not shown.answers or not shown.done or shown.error:
             return hint
         pieces = []
-        adapted = [answer for answer in shown.answers if answer.side.adapter != BASE] or list(shown.answers)
-        for answer in adapted[:1] + adapted[1:][-1:]:  # the two sides of a comparison
+        firsts = [answers[0] for answers in by_side(shown.answers)]
+        adapted = [answer for answer in firsts if answer.side.adapter != BASE] or firsts
+        for answer in adapted:
             title = (
                 f"<h3>{escape(answer.side.adapter)}, strength {answer.side.strength:g}</h3>" if len(adapted) > 1 else ""
             )
             try:
-                pieces.append(title + inside_html(tasks.inside(answer)))
+                pieces.append(title + inside_html(tasks.inside(answer, running)))
             except (ValueError, Busy, Failure) as error:
                 pieces.append(title + problem(sentence(error)))
         return "".join(pieces)
 
-    def opened(shown: Outcome | None) -> tuple[bool, str]:
-        return True, look(shown)
+    def opened(shown: Outcome | None, running: Current) -> tuple[bool, str]:
+        return True, look(shown, running)
 
-    accordion.expand(opened, outcome, [is_open, view], show_progress="minimal", api_visibility="private")
+    accordion.expand(opened, [outcome, current], [is_open, view], show_progress="minimal", api_visibility="private")
     accordion.collapse(lambda: False, None, is_open, queue=False, **QUIET)
 
     def refresh(event: Any) -> None:
-        event.then(lambda shown, wanted: look(shown) if wanted else hint, [outcome, is_open], view, **QUIET)
+        def refreshed(shown: Outcome | None, wanted: bool, running: Current) -> str:
+            return look(shown, running) if wanted else hint
+
+        event.then(refreshed, [outcome, is_open, current], view, **QUIET)
 
     return refresh

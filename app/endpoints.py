@@ -28,14 +28,15 @@ def add_endpoints(tasks: Tasks) -> None:
 
     def caption(image: str, adapter: str, strength: float, settings: dict | None) -> str:
         """Captions a picture."""
-        return _last(tasks.caption(image, [Side(adapter, strength)], settings or {})).answers[0].text
+        how = _object(settings)
+        return _last(tasks.caption(image, [Side(adapter, strength)], how)).answers[0].text
 
     def answer(
         image: str | None, question: str, choices: list | None, adapter: str, strength: float, settings: dict | None
     ) -> dict[str, Any]:
         """Answers a question: {"text"}, and with choices {"text", "index", "probabilities"}."""
-        options = [str(choice) for choice in choices or ()]
-        got = _last(tasks.ask(image, question, [Side(adapter, strength)], settings or {}, options)).answers[0]
+        how, options = _object(settings), [str(choice) for choice in _list("choices", choices)]
+        got = _last(tasks.ask(image, question, [Side(adapter, strength)], how, options)).answers[0]
         if not got.choices:
             return {"text": got.text}
         return {"text": got.text, "index": got.choices.index(got.text), "probabilities": list(got.probabilities)}
@@ -44,8 +45,8 @@ def add_endpoints(tasks: Tasks) -> None:
         message: str, messages: list | None, image: str | None, adapter: str, strength: float, settings: dict | None
     ) -> Iterator[str]:
         """Goes on with a conversation, `messages` being its earlier ones; gives the text so far, again and again."""
-        said = [*(messages or ()), {"role": "user", "content": message}]
-        for outcome in tasks.chat([said], image, [Side(adapter, strength)], settings or {}):
+        how, said = _object(settings), [*_list("messages", messages), {"role": "user", "content": message}]
+        for outcome in tasks.chat([said], image, [Side(adapter, strength)], how):
             yield _checked(outcome).answers[0].text
 
     for function, inputs, output in (
@@ -54,6 +55,18 @@ def add_endpoints(tasks: Tasks) -> None:
         (chat, [text, messages, image, talker, strength, settings], written),
     ):
         gr.on([], function, inputs, output, api_name=function.__name__)
+
+
+def _object(settings: Any) -> dict[str, Any]:
+    if not isinstance(settings, dict | None):
+        raise gr.Error(f'Settings must be an object such as {{"beams": 4}}, got {settings!r:.100}.')
+    return settings or {}
+
+
+def _list(name: str, given: Any) -> list:
+    if not isinstance(given, list | None):
+        raise gr.Error(f"The {name} must be a list, got {given!r:.100}.")
+    return given or []
 
 
 def _last(outcomes: Iterator[Outcome]) -> Outcome:

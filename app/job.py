@@ -47,6 +47,7 @@ class Update:
         tokens: Generated so far.
         ahead: While waiting: runs before this one.
         seconds: While waiting the estimate until it starts, later the time since it was submitted.
+        probabilities: With choices, once done: of each of them; `text` is the likeliest.
     """
 
     index: int
@@ -57,6 +58,7 @@ class Update:
     tokens: int
     ahead: int
     seconds: float
+    probabilities: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

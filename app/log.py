@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import secrets
@@ -15,6 +16,7 @@ class Log:
     """Writes one JSON object a line: time (UTC), level, event and what belongs to it. Any thread may write.
 
     What people wrote or sent does not belong in here: only counts, names, durations, and tracebacks of what broke.
+    A file that can no longer be written, on a full disk, ends nothing: errors then go to standard error.
 
     Args:
         path: File that is appended to; None is standard error, and then only errors are written.
@@ -26,22 +28,20 @@ class Log:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self._lock = threading.Lock()
+        self._told = False  # that the file can no longer be written
         if path is not None:
             with open(path, "a", encoding="utf-8"):
                 pass  # what cannot be written is told at the start
 
     def write(self, event: str, *, level: str = "info", **fields: object) -> None:
         """Appends an event; `fields` are plain values."""
-        if self.path is None and level == "info":
-            return
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": now, "level": level, "event": event, **fields}, ensure_ascii=False, default=str)
-        with self._lock:
-            if self.path is None:
+        with self._lock, contextlib.suppress(OSError):  # standard error may be a file on the same disk
+            if self._appended(line):
+                return
+            if level != "info":
                 print(line, file=sys.stderr, flush=True)
-            else:
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(line + "\n")
 
     def failure(self, error: BaseException, event: str = "failure", **fields: object) -> str:
         """Appends an error with its traceback and returns the code that stands beside it."""
@@ -49,3 +49,18 @@ class Log:
         lines = traceback.format_exception(error)
         self.write(event, level="error", code=code, error=type(error).__name__, traceback="".join(lines), **fields)
         return code
+
+    def _appended(self, line: str) -> bool:
+        """Whether the file took a line; the first time that it does not, standard error says so."""
+        if self.path is None:
+            return False
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            if not self._told:
+                self._told = True
+                reason = f"{error.strerror}; errors are written here meanwhile"
+                print(f"the log {self.path} cannot be written: {reason}", file=sys.stderr, flush=True)
+            return False
+        return True

@@ -18,6 +18,7 @@ from typing import Any
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
 
 from app.job import Busy, Failure, Job, Update
 from app.openai_request import AUTOMATIC, BASE, ApiError, ChatRequest, model_ids, read_jobs, read_request
@@ -80,13 +81,17 @@ def build_router(service: Service, limits: Limits, options: ApiOptions) -> APIRo
             jobs = await read_jobs(request, service.adapters, service.default, limits, options.allow_image_urls)
             run = await to_thread.run_sync(_submit, service, jobs)
             if request.stream:
-                events = _events(request, len(jobs), run, waiting)
+                events = _events(request, len(jobs), run, waiting, service)
                 return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
             return JSONResponse(_whole(request, await _finished(http, run, waiting)))
         except ApiError as error:
             return error_response(error)
         except Failure as failure:
             return error_response(_of_failure(failure))
+        except ClientDisconnect:
+            raise  # nobody is there to be told
+        except Exception as error:  # noqa: BLE001 - the log has what broke, and the client its code
+            return error_response(_of_failure(service.failure(error)))
 
     @router.api_route("/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
     def nothing(http: Request, path: str) -> JSONResponse:
@@ -111,12 +116,18 @@ def _of_failure(failure: Failure) -> ApiError:
 
 
 async def _updates(run: Run, waiting: CapacityLimiter) -> AsyncIterator[Update]:
-    """The updates of a run; whoever stops reading cancels it."""
+    """The updates of a run; whoever stops reading cancels it.
+
+    Raises:
+        ApiError: The run was cancelled, as all are when the app ends: a text cut short is no answer.
+    """
     with run:
         # A thread that still waits for an update is left behind: the run, cancelled here, soon lets it go.
         while (
             update := await to_thread.run_sync(next, run, None, abandon_on_cancel=True, limiter=waiting)
         ) is not None:
+            if update.finish == "cancelled":
+                raise ApiError(503, "the answer was stopped before its end; ask again", "cancelled")
             yield update
 
 
@@ -145,7 +156,7 @@ def _whole(request: ChatRequest, done: Sequence[Update]) -> dict[str, Any]:
         {
             "index": update.index,
             "message": {"role": "assistant", "content": update.text, "refusal": None},
-            "finish_reason": _finish(update),
+            "finish_reason": update.finish,
             "logprobs": None,
         }
         for update in done
@@ -153,7 +164,9 @@ def _whole(request: ChatRequest, done: Sequence[Update]) -> dict[str, Any]:
     return {**_head(request, "chat.completion"), "choices": choices, "usage": _usage(done)}
 
 
-async def _events(request: ChatRequest, answers: int, run: Run, waiting: CapacityLimiter) -> AsyncIterator[str]:
+async def _events(
+    request: ChatRequest, answers: int, run: Run, waiting: CapacityLimiter, service: Service
+) -> AsyncIterator[str]:
     """The answer as server-sent events, a piece of text each."""
     head = _head(request, "chat.completion.chunk")
     if request.include_usage:
@@ -180,9 +193,11 @@ async def _events(request: ChatRequest, answers: int, run: Run, waiting: Capacit
                         yield chunk(update.index, {"content": piece})
                     if update.state == "done":
                         done[update.index] = update
-                        yield chunk(update.index, {}, _finish(update))
-        except Failure as failure:  # too late for a status: the clients look for an error in the stream
-            yield _event(_of_failure(failure).body())
+                        yield chunk(update.index, {}, update.finish)
+        except Exception as error:  # noqa: BLE001 - too late for a status: the clients look for an error in the stream
+            if not isinstance(error, ApiError):
+                error = _of_failure(error if isinstance(error, Failure) else service.failure(error))
+            yield _event(error.body())
             return
     if request.include_usage:
         yield _event({**head, "choices": [], "usage": _usage(list(done.values()))})
@@ -196,10 +211,6 @@ def _event(content: dict[str, Any]) -> str:
 def _head(request: ChatRequest, kind: str) -> dict[str, Any]:
     name = f"chatcmpl-{secrets.token_hex(12)}"
     return {"id": name, "object": kind, "created": int(time.time()), "model": request.model}
-
-
-def _finish(update: Update) -> str:
-    return "length" if update.finish == "length" else "stop"
 
 
 def _usage(done: Sequence[Update]) -> dict[str, int]:

@@ -73,7 +73,9 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         """The JSON that OpenAI's clients expect."""
-        kind = {429: "rate_limit_error", 500: "server_error"}.get(self.status, "invalid_request_error")
+        kind = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}.get(
+            self.status, "invalid_request_error"
+        )
         return {"error": {"message": str(self), "type": kind, "param": self.parameter, "code": self.code}}
 
 

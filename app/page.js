@@ -1,5 +1,18 @@
-// Buttons inside our HTML are found by their data-do; the address follows the tab; Escape stops.
+// Buttons inside our HTML are found by their data-do; the address follows the tab; Escape stops; what is copied is as it
+// was written.
 (() => {
+  // app.render.chat_text puts it behind what HTML would begin with.
+  const asWritten = (text) => text.replaceAll("\u2060", "");
+  if (navigator.clipboard) {
+    const write = navigator.clipboard.writeText.bind(navigator.clipboard);
+    navigator.clipboard.writeText = (text) => write(asWritten(text));
+  }
+  document.addEventListener("copy", (event) => {
+    const text = String(getSelection());
+    if (text === asWritten(text)) return;
+    event.clipboardData.setData("text/plain", asWritten(text));
+    event.preventDefault();
+  });
   const dark = (on) => document.body.classList.toggle("dark", on);
   const kept = () => { try { return localStorage.getItem("mmadapter-theme"); } catch { return null; } };
   document.addEventListener("click", async (event) => {

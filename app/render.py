@@ -9,6 +9,7 @@ from html import escape
 
 from app.outcome import AUTOMATIC, BASE, Answer, FileRow, Files, Outcome, Side
 
+AS_WRITTEN = "\u2060"  # a word joiner: nobody sees it; page.js takes it out of what is copied
 LATEST = 8  # rows of a table before and after the place that the batch has reached
 
 
@@ -30,16 +31,21 @@ def outcome_html(outcome: Outcome, question: str = "") -> str:
     """The answers side by side, those of one side in one card."""
     if outcome.error:
         return problem(outcome.error)
-    # By place, not by value: an adapter may be compared with itself.
+    sides = by_side(outcome.answers)
+    cards = "".join(_card(answers, question) for answers in sides)
+    busy = "false" if outcome.done else "true"
+    return f'<div class="answers{" two" if len(sides) > 1 else ""}" aria-live="polite" aria-busy="{busy}">{cards}</div>'
+
+
+def by_side(answers: Sequence[Answer]) -> list[list[Answer]]:
+    """The answers of each side; by place, not by value, since an adapter may be compared with itself."""
     sides: list[list[Answer]] = []
-    for answer in outcome.answers:
+    for answer in answers:
         if sides and sides[-1][0].side is answer.side:
             sides[-1].append(answer)
         else:
             sides.append([answer])
-    cards = "".join(_card(answers, question) for answers in sides)
-    busy = "false" if outcome.done else "true"
-    return f'<div class="answers{" two" if len(sides) > 1 else ""}" aria-live="polite" aria-busy="{busy}">{cards}</div>'
+    return sides
 
 
 def files_html(files: Files) -> str:
@@ -70,10 +76,11 @@ def files_html(files: Files) -> str:
 def status_text(answer: Answer) -> str:
     """How an answer is getting on, in a few words."""
     if answer.state == "waiting":
-        if not answer.ahead:
-            return "Starting …"
+        about = f"about {max(1, round(answer.seconds))} s"
+        if not answer.ahead:  # the next one, though the model may be full
+            return f"Waiting: {about}" if answer.seconds >= 1 else "Starting …"
         people = "1 request" if answer.ahead == 1 else f"{answer.ahead} requests"
-        return f"Waiting: {people} before yours, about {max(1, round(answer.seconds))} s"
+        return f"Waiting: {people} before yours, {about}"
     words = f"{answer.tokens} token{'' if answer.tokens == 1 else 's'}"
     if not answer.done:
         return f"{words} …"
@@ -139,5 +146,7 @@ def _download(name: str, kind: str, content: str, label: str) -> str:
 
 
 def chat_text(text: str) -> str:
-    """A model's text as Markdown that fetches nothing and holds no HTML."""
-    return text.replace("<", "&lt;").replace("![", "!\\[")
+    """What somebody wrote as Markdown that fetches nothing and holds no HTML, inside code and outside of it."""
+    for mark in ("<", "&", "!["):
+        text = text.replace(mark, mark[0] + AS_WRITTEN + mark[1:])
+    return text

@@ -21,7 +21,7 @@ from mmadapter import wording
 from mmadapter.checkpoint import FILE_NAME, AdapterFile
 from mmadapter.image import load_image, to_square
 from mmadapter.sampling import row_limits
-from mmadapter.session import Choice, Session
+from mmadapter.session import Session
 
 if TYPE_CHECKING:
     from mmadapter.inspection import Inside
@@ -35,6 +35,8 @@ TITLES = {
     "instruct": "Instructions",
     "scienceqa": "Science questions",
 }
+MOST_BEAMS = 8  # each is a text of its own to the model, and a search holds its thread until it ends
+MOST_CHOICES = 50
 NUMBERS = ("temperature", "top_p", "repetition_penalty", "length_penalty")
 
 
@@ -79,7 +81,8 @@ class Service:
         self._sessions["none"] = session.with_adapter(None)
         self.adapters = [_info(name, loaded.about) for name, loaded in self._sessions.items()]
         self.default = _defaults(self.adapters)
-        self._worker = Worker(session.llama, session.tokenizer, max_batch, max_waiting, log or Log())
+        self._log = log or Log()
+        self._worker = Worker(session.llama, session.tokenizer, max_batch, max_waiting, self._log)
 
     def run(self, jobs: Sequence[Job]) -> Run:
         """Puts jobs in the queue; those of one run are written side by side where they fit into a batch.
@@ -89,42 +92,61 @@ class Service:
             Busy: The queue is full.
             Failure: The service is closed.
         """
-        if not jobs:
-            raise ValueError("a run needs at least one job, got none")
-        squares: dict[tuple, Image.Image] = {}
-        ticket = Ticket(len(jobs))
-        rows = [self._row(index, job, squares) for index, job in enumerate(jobs)]
-        self._worker.submit(Writing(ticket, rows))
-        return Run(ticket)
+        return self._submit(self._rows(jobs))
 
-    def choose(self, job: Job, choices: Sequence[str]) -> Choice:
-        """The likeliest of several answers to a job's question; waits for its turn.
+    def choose(self, jobs: Sequence[Job], choices: Sequence[str]) -> Run:
+        """As `run`, but the answer to each job's question is the likeliest of some choices; the jobs are scored in one
+        pass where they fit into a batch.
 
         Raises:
-            ValueError, Busy, Failure: As `run`; there are not two choices, or one is empty.
+            ValueError, Busy, Failure: As `run`; there are not two choices or too many, or one is empty.
         """
-        job = replace(job, task="answer")
-        row = self._row(0, job, {})
-        wording.choice_tokens(row.session.tokenizer, row.session.about, job.question, choices)  # its errors come now
-        return self._call(partial(_choose, row, list(choices)), row)
+        if len(choices) > MOST_CHOICES:
+            raise ValueError(f"choices must be at most {MOST_CHOICES}, got {len(choices)}")
+        rows = self._rows([replace(job, task="answer") for job in jobs])
+        for row in rows:
+            row.tokens, row.endings = wording.choice_tokens(
+                row.session.tokenizer, row.session.about, row.job.question, choices
+            )
+            row.choices = tuple(choices)
+        longest = max(len(row.tokens) for row in rows) + max(len(ending) for row in rows for ending in row.endings)
+        context = rows[0].session.llama.config.context
+        if longest > context:
+            raise ValueError(
+                f"question and choice have {longest} tokens and the model's context holds {context}; shorten them"
+            )
+        return self._submit(rows)
 
-    def inside(self, job: Job, text: str) -> Inside:
-        """What the adapter did to a text that it wrote (`mmadapter.inspection`); waits for its turn.
+    def inside(self, job: Job, text: str) -> Future[Inside]:
+        """What the adapter did to a text that it wrote (`mmadapter.inspection`), for when its turn has come; before
+        that it can be cancelled.
 
         Raises:
-            ValueError, Busy, Failure: As `run`; the job is for the base, or the text is too long.
+            ValueError, Busy, Failure: As `run`. Waiting for the result raises them, too: the job is for the base, or
+                the text is too long.
         """
-        row = self._row(0, job, {})
-        return self._call(partial(_look_inside, row, text), row)
+        row, future = self._row(0, job, {}), Future()
+        self._worker.submit(Call(partial(_look_inside, row, text), future, row))
+        return future
+
+    def failure(self, error: Exception) -> Failure:
+        """What people are told of an error that nobody foresaw; the log has its traceback under the same code."""
+        return Failure(self._log.failure(error))
 
     def close(self) -> None:
         """Cancels everything and ends the model's thread."""
         self._worker.close()
 
-    def _call(self, function: partial, row: Row) -> object:
-        future: Future = Future()
-        self._worker.submit(Call(function, future, row))
-        return future.result()
+    def _submit(self, rows: list[Row]) -> Run:
+        ticket = Ticket(len(rows))
+        self._worker.submit(Writing(ticket, rows))
+        return Run(ticket)
+
+    def _rows(self, jobs: Sequence[Job]) -> list[Row]:
+        if not jobs:
+            raise ValueError("a run needs at least one job, got none")
+        squares: dict[tuple, Image.Image] = {}
+        return [self._row(index, job, squares) for index, job in enumerate(jobs)]
 
     def _row(self, index: int, job: Job, squares: dict[tuple, Image.Image]) -> Row:
         """A job as tokens and settings; all that can be wrong with it is told here, in the caller's thread.
@@ -144,6 +166,8 @@ class Service:
         tokens, sampling = session.prepare(
             job.task, _settings(job.settings), question=job.question, messages=job.messages
         )
+        if sampling.beams > MOST_BEAMS:
+            raise ValueError(f"beams must be at most {MOST_BEAMS}, got {sampling.beams}")
         (limit,) = row_limits(session.llama, [tokens], sampling)
         square = None
         if job.task == "caption" and job.image is None:
@@ -155,11 +179,6 @@ class Service:
                 squares[key] = to_square(load_image(job.image), encoder.image_size, encoder.config.resize)
             square = squares[key]
         return Row(index, job, session, square, tokens, sampling, limit)
-
-
-def _choose(row: Row, choices: list[str]) -> Choice:
-    row.session.strength = row.job.strength
-    return row.session.answer(row.square, row.job.question, choices)
 
 
 def _look_inside(row: Row, text: str) -> Inside:

@@ -7,9 +7,12 @@ being written. What goes wrong is part of what is shown, as a sentence.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -32,22 +35,37 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "assets" / "images"
 
 
 class Current:
-    """What one session has running, so that its Stop button can stop it from another thread."""
+    """What one session has running, so that its Stop button can stop it from another thread.
+
+    A task takes one or more runs, and Stop is for all of it: pressed between two runs it ends the next one, too.
+    """
 
     def __init__(self) -> None:
-        self._run: Run | None = None
-        self.stopped = False
+        self._run: Run | Future | None = None
+        self._stopped = Event()  # of the latest task
         self.turns = 0  # of what the session shows: an answer that belongs to an earlier one is shown no more
 
-    def start(self, run: Run) -> Run:
-        """A session has one run at a time: a new one stops the one before it."""
-        before, self._run, self.stopped = self._run, run, False
-        if before is not None:
-            before.cancel()
-        return run
+    def begin(self) -> Event:
+        """A task begins, and the one before it starts nothing any more; returns what is set when this one is to end."""
+        self._stopped.set()
+        self._stopped = Event()
+        return self._stopped
+
+    def start(self, run: Run | Future, stopped: Event) -> None:
+        """A session has one run at a time: a new one stops the one before it.
+
+        Args:
+            stopped: Of the task, as `begin` gave it.
+        """
+        if not stopped.is_set():
+            before, self._run = self._run, run
+            if before is not None:
+                before.cancel()
+        if stopped.is_set():  # perhaps just now, when `stop` may not have seen this run
+            run.cancel()
 
     def stop(self) -> None:
-        self.stopped = True
+        self._stopped.set()
         if self._run is not None:
             self._run.cancel()
 
@@ -58,6 +76,19 @@ class Current:
 
     def __deepcopy__(self, memo: dict) -> Current:
         return Current()  # every session gets one of its own
+
+
+def _told(task: Callable[..., Iterator[Outcome]]) -> Callable[..., Iterator[Outcome]]:
+    """A task whose errors are its last outcome."""
+
+    @functools.wraps(task)
+    def told(self: Tasks, *args: Any, **options: Any) -> Iterator[Outcome]:
+        try:
+            yield from task(self, *args, **options)
+        except Exception as error:  # noqa: BLE001 - a person reads it, as a code if it says nothing to people
+            yield Outcome(error=self.sentence(error))
+
+    return told
 
 
 class Tasks:
@@ -87,7 +118,7 @@ class Tasks:
         raise ValueError(f"there is no adapter {name!r}; there are {', '.join(info.name for info in self.adapters)}")
 
     def defaults(self, task: str) -> dict[str, Any]:
-        """What the sliders of a task start at: the settings that its default adapter was tuned for."""
+        """What the sliders of a task start at; of a chat, what its default adapter asks for."""
         plain = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 30, "seed": 0, "beams": 1}
         if task == "chat":
             plain |= {"temperature": 0.1, "top_p": 0.75, "max_new_tokens": 256}
@@ -96,6 +127,7 @@ class Tasks:
             plain |= {name: value for name, value in about.generation.items() if name in plain and name != "beams"}
         return plain
 
+    @_told
     def caption(
         self,
         picture: str | Path | None,
@@ -105,23 +137,20 @@ class Tasks:
         current: Current | None = None,
     ) -> Iterator[Outcome]:
         """Captions a picture, `count` times by each side, all in one batch."""
-        try:
-            if not 1 <= count <= MOST_CAPTIONS:
-                raise ValueError(f"the number of captions must be from 1 to {MOST_CAPTIONS}, got {count}")
-            image = self._read(picture, "a picture to caption")
-            answers = []
-            for side in sides:
-                for number in range(count):
-                    own = dict(settings)
-                    if number:
-                        own |= {"seed": int(own.get("seed") or 0) + number, "beams": 1}
-                        own["temperature"] = own.get("temperature") or VARIETY
-                    answers.append(self._answer("caption", side, own, image))
-        except (ValueError, OSError) as error:
-            yield Outcome(error=sentence(error))
-            return
+        if not 1 <= count <= MOST_CAPTIONS:
+            raise ValueError(f"the number of captions must be from 1 to {MOST_CAPTIONS}, got {count}")
+        image = self._read(picture, "a picture to caption")
+        answers = []
+        for side in sides:
+            for number in range(count):
+                own = dict(settings)
+                if number:
+                    own |= {"seed": int(own.get("seed") or 0) + number, "beams": 1}
+                    own["temperature"] = own.get("temperature") or VARIETY
+                answers.append(self._answer("caption", side, own, image))
         yield from self._write(answers, current)
 
+    @_told
     def ask(
         self,
         picture: str | Path | None,
@@ -133,18 +162,15 @@ class Tasks:
     ) -> Iterator[Outcome]:
         """Answers a question, about a picture or without one; with choices it finds how likely each of them is."""
         choices = tuple(choice.strip() for choice in choices if choice.strip())
-        try:
-            if not question.strip():
-                raise ValueError("Please enter a question first.")
-            if len(choices) == 1:
-                raise ValueError("Please enter at least two choices, one a line, or none.")
-            image = None if picture is None else self._read(picture, "")
-            answers = [self._answer("answer", side, settings, image, question=question.strip()) for side in sides]
-        except (ValueError, OSError) as error:
-            yield Outcome(error=sentence(error))
-            return
-        yield from self._choose(answers, choices) if choices else self._write(answers, current)
+        if not question.strip():
+            raise ValueError("Please enter a question first.")
+        if len(choices) == 1:
+            raise ValueError("Please enter at least two choices, one a line, or none.")
+        image = None if picture is None else self._read(picture, "")
+        answers = [self._answer("answer", side, settings, image, question=question.strip()) for side in sides]
+        yield from self._write([dataclasses.replace(answer, choices=choices) for answer in answers], current)
 
+    @_told
     def chat(
         self,
         conversations: Sequence[Sequence[Mapping[str, str]]],
@@ -154,15 +180,11 @@ class Tasks:
         current: Current | None = None,
     ) -> Iterator[Outcome]:
         """Goes on with a conversation, or with one for each side: messages with role and content."""
-        try:
-            image = None if picture is None else self._read(picture, "")
-            answers = [
-                self._answer("chat", side, settings, image, messages=tuple(conversation))
-                for conversation, side in zip(conversations, sides, strict=True)
-            ]
-        except (ValueError, OSError) as error:
-            yield Outcome(error=sentence(error))
-            return
+        image = None if picture is None else self._read(picture, "")
+        answers = [
+            self._answer("chat", side, settings, image, messages=tuple(conversation))
+            for conversation, side in zip(conversations, sides, strict=True)
+        ]
         yield from self._write(answers, current)
 
     def files(
@@ -174,7 +196,7 @@ class Tasks:
     ) -> Iterator[Files]:
         """Captions many files, some at a time; a file that cannot be read has its error in its row."""
         current = current or Current()
-        current.stopped = False
+        stopped = current.begin()
         start = time.monotonic()
         note = ""
         if len(paths) > MOST_FILES:
@@ -191,6 +213,8 @@ class Tasks:
         for first in range(0, len(rows), AT_ONCE):
             places, answers = [], []
             for place in range(first, min(first + AT_ONCE, len(rows))):
+                if stopped.is_set():
+                    break
                 try:
                     image = self._read(paths[place], "")
                     answers.append(self._answer("caption", side, settings, image))
@@ -200,30 +224,40 @@ class Tasks:
                     places.append(place)
                     rows[place] = dataclasses.replace(rows[place], picture=thumbnail(image))
             try:
-                for outcome in self._patiently(answers, current):
+                for outcome in self._patiently(answers, current, stopped):
                     before = shown().done
                     for place, answer in zip(places, outcome.answers, strict=True):
                         rows[place] = _row(rows[place], answer)
                     if shown().done > before:
                         yield shown()
-            except (Busy, Failure, ValueError) as error:
-                yield shown(True, sentence(error))
+            except Exception as error:  # noqa: BLE001 - as of the other tasks
+                yield shown(True, self.sentence(error))
                 return
-            if current.stopped:
+            if stopped.is_set():
                 yield shown(True, "Stopped.")
                 return
         yield shown(True)
 
-    def inside(self, answer: Answer) -> Inside:
+    def inside(self, answer: Answer, current: Current | None = None) -> Inside:
         """What the adapter did to an answer.
 
+        Args:
+            current: Of nothing but looks: while one waits for its turn, the next one or a closed tab ends it.
+
         Raises:
-            ValueError: It was not the work of an adapter, or nothing is written yet.
+            ValueError: It was not the work of an adapter, nothing is written yet, or it was ended.
             Busy, Failure: As of the service.
         """
         if answer.side.adapter == BASE:
             raise ValueError("The base model alone has no adapter to look into; choose an adapter and ask again.")
-        return self.service.inside(answer.job, answer.text)
+        current = current or Current()
+        stopped = current.begin()
+        look = self.service.inside(answer.job, answer.text)
+        current.start(look, stopped)
+        try:
+            return look.result()
+        except CancelledError as error:
+            raise ValueError("This look inside was ended; open it again.") from error
 
     def judge(self, answer: Answer, verdict: str | None, comment: str = "") -> str:
         """Keeps what a person thinks of an answer; returns a sentence to show."""
@@ -243,9 +277,14 @@ class Tasks:
                 comment=comment.strip(),
                 image=job.image,
             )
-        except (ValueError, OSError) as error:
-            return f"The feedback could not be kept: {sentence(error)}"
+        except Exception as error:  # noqa: BLE001 - as of the other tasks
+            return f"The feedback could not be kept: {self.sentence(error)}"
         return "Thank you, your comment is kept." if comment.strip() else "Thank you, that is kept."
+
+    def sentence(self, error: Exception) -> str:
+        """An error as one line to show: one that is not made for people as a code, under which the log has it."""
+        foreseen = isinstance(error, (ValueError, OSError, Busy, Failure))
+        return sentence(error if foreseen else self.service.failure(error))
 
     def _read(self, picture: str | Path | None, what: str) -> Image.Image:
         if picture is None:
@@ -276,53 +315,35 @@ class Tasks:
 
     def _write(self, answers: Sequence[Answer], current: Current | None) -> Iterator[Outcome]:
         """Runs the answers together."""
+        current = current or Current()
+        stopped = current.begin()
         yield Outcome(tuple(answers))
-        try:
-            yield from self._run(answers, current)
-        except (Busy, Failure, ValueError) as error:
-            yield Outcome(error=sentence(error))
+        yield from self._run(answers, current, stopped)
 
-    def _run(self, answers: Sequence[Answer], current: Current | None) -> Iterator[Outcome]:
+    def _run(self, answers: Sequence[Answer], current: Current, stopped: Event) -> Iterator[Outcome]:
         shown = list(answers)
-        with self.service.run([answer.job for answer in answers]) as run:
-            if current is not None:
-                current.start(run)
+        jobs, choices = [answer.job for answer in answers], answers[0].choices
+        with self.service.choose(jobs, choices) if choices else self.service.run(jobs) as run:
+            current.start(run, stopped)
             for update in run:
                 fields = dataclasses.asdict(update)
                 place = fields.pop("index")
+                if update.finish == "cancelled":  # nothing was chosen
+                    fields["choices"] = ()
                 shown[place] = dataclasses.replace(shown[place], **fields)
                 yield Outcome(tuple(shown))
 
-    def _patiently(self, answers: Sequence[Answer], current: Current) -> Iterator[Outcome]:
+    def _patiently(self, answers: Sequence[Answer], current: Current, stopped: Event) -> Iterator[Outcome]:
         """As `_run`, but waits for a place in the queue, where a person would not."""
         until = time.monotonic() + PATIENCE
-        while answers:
+        while answers and not stopped.is_set():
             try:
-                yield from self._run(answers, current)
+                yield from self._run(answers, current, stopped)
                 return
             except Busy as busy:
                 if time.monotonic() > until:
                     raise
-                time.sleep(min(max(busy.seconds, 0.5), 5.0))
-
-    def _choose(self, answers: Sequence[Answer], choices: tuple[str, ...]) -> Iterator[Outcome]:
-        shown = [dataclasses.replace(answer, choices=choices) for answer in answers]
-        yield Outcome(tuple(shown))
-        try:
-            for place, answer in enumerate(shown):
-                start = time.monotonic()
-                choice = self.service.choose(answer.job, choices)
-                shown[place] = dataclasses.replace(
-                    answer,
-                    text=choice.text,
-                    state="done",
-                    finish="stop",
-                    seconds=time.monotonic() - start,
-                    probabilities=tuple(choice.probabilities),
-                )
-                yield Outcome(tuple(shown))
-        except (Busy, Failure, ValueError) as error:
-            yield Outcome(error=sentence(error))
+                stopped.wait(min(max(busy.seconds, 0.5), 5.0))
 
 
 def examples() -> list[Path]:

@@ -15,8 +15,8 @@ from app.tasks import Tasks
 
 TITLE = "mmadapter"
 TABS = {"caption": ("Caption", build_caption_tab), "ask": ("Ask", build_ask_tab), "chat": ("Chat", build_chat_tab)}
-AT_ONCE = 40  # requests that Gradio hands on; the service has the queue, and says when it is full
-KEEP_UPLOADS = 3600  # seconds
+THREADS = 256  # many more than the service takes: it has the queue, and says when it is full
+TIDY, KEEP_UPLOADS = 300, 3300  # seconds: how often uploads are looked through, and after how long they go
 HEADING = """
 <div class="top"><div class="grow"><h1>mmadapter</h1>
 <p>A language model that sees. Switch adapters and turn their strength while one base model stays loaded.</p></div>
@@ -30,7 +30,7 @@ def build_page(tasks: Tasks) -> gr.Blocks:
 
     `?tab=ask` in the address opens that tab.
     """
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEEP_UPLOADS, KEEP_UPLOADS)) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(TIDY, KEEP_UPLOADS)) as page:
         gr.HTML(HEADING)
         with gr.Tabs(elem_id="tabs") as tabs:
             for name, (title, build) in TABS.items():
@@ -43,6 +43,7 @@ def build_page(tasks: Tasks) -> gr.Blocks:
             return gr.Tabs(selected=wanted) if wanted in TABS else gr.skip()  # whoever clicked meanwhile stays there
 
         page.load(opened, None, tabs, queue=False, show_progress="hidden", api_visibility="private")
-    page.queue(default_concurrency_limit=AT_ONCE, max_size=None)
+    page.max_threads = THREADS  # each answer that is waited for holds one, and Stop needs one, too
+    page.queue(default_concurrency_limit=None, max_size=None)
     keep_remote_out(page)
     return page

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from PIL import Image
 
@@ -16,6 +16,7 @@ from app.job import Busy, Failure, Job, Update
 from app.log import Log
 from app.run import Ticket
 from mmadapter.adapter import Prompts, stack_prompts
+from mmadapter.choices import log_likelihoods
 from mmadapter.continuous import RunningBatch
 from mmadapter.generate import generate
 from mmadapter.llama import Llama
@@ -35,6 +36,9 @@ class Row:
         session: With the job's adapter in use; its strength is the model thread's to set.
         square: The image as the encoder takes it.
         limit: Most tokens it can write.
+        choices: Texts that it has to choose from; none where it writes.
+        endings: The tokens of each choice.
+        probabilities: Of each choice, once they are found.
         text: Written so far, as it came.
         count: Its tokens.
         finish: How it ended, None until then.
@@ -47,13 +51,17 @@ class Row:
     tokens: list[int]
     sampling: Sampling
     limit: int
+    choices: tuple[str, ...] = ()
+    endings: list[list[int]] = field(default_factory=list)
+    probabilities: tuple[float, ...] = ()
     text: str = ""
     count: int = 0
     finish: str | None = None
 
     def update(self, ticket: Ticket, state: str, finish: str | None = None) -> Update:
-        text = tidy(self.job.task, self.text)
-        return Update(self.index, state, text, finish, len(self.tokens), self.count, 0, ticket.seconds())
+        text = self.text if self.choices else tidy(self.job.task, self.text)
+        counts = (len(self.tokens), self.count)
+        return Update(self.index, state, text, finish, *counts, 0, ticket.seconds(), self.probabilities)
 
 
 @dataclass(eq=False)
@@ -69,6 +77,11 @@ class Writing:
     def waiting(self) -> list[Row]:
         return self.rows[self.started :]
 
+    @property
+    def gone(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.ticket.cancelled.is_set() or self.ticket.abandoned()
+
 
 @dataclass(eq=False)
 class Call:
@@ -81,6 +94,10 @@ class Call:
     @property
     def waiting(self) -> list[Row]:
         return [self.row]
+
+    @property
+    def gone(self) -> bool:
+        return self.future.cancelled()
 
 
 class Worker:
@@ -152,10 +169,10 @@ class Worker:
         for writing, row in [*self._active.values()]:
             self._finish(writing, row, "cancelled")
         for item in queue:
-            if isinstance(item, Call):
-                item.future.set_exception(Failure(self._log.failure(RuntimeError("the service is closed"))))
-            else:
+            if isinstance(item, Writing):
                 self._give_up(item)
+            elif item.future.set_running_or_notify_cancel():
+                item.future.set_exception(Failure(self._log.failure(RuntimeError("the service is closed"))))
 
     def _wait(self) -> bool:
         """Sleeps until there is something to do; False at the end."""
@@ -166,17 +183,18 @@ class Worker:
 
     def _drop_cancelled(self) -> None:
         for number, (writing, row) in [*self._active.items()]:
-            if _gone(writing):
+            if writing.gone:
                 step = self._batch.cancel(number)
                 row.text += step.text
                 self._leave(number)
                 self._finish(writing, row, "cancelled")
         with self._changed:
-            gone = [item for item in self._queue if isinstance(item, Writing) and _gone(item)]
+            gone = [item for item in self._queue if item.gone]
             for item in gone:
                 self._queue.remove(item)
         for item in gone:
-            self._give_up(item)
+            if isinstance(item, Writing):
+                self._give_up(item)
 
     def _admit(self) -> None:
         """Lets in what there is room for, in the order of the queue."""
@@ -210,7 +228,9 @@ class Worker:
             return item, rows
 
     def _answer(self, call: Call) -> bool:
-        """Makes a call, which may take long: True."""
+        """Makes a call, which may take long: True, unless it was cancelled."""
+        if not call.future.set_running_or_notify_cancel():
+            return False
         try:
             call.future.set_result(call.function())
         except ValueError as error:
@@ -220,8 +240,10 @@ class Worker:
         return True
 
     def _enter(self, writing: Writing, rows: Sequence[Row]) -> bool:
-        """Starts rows; those of a beam search are written at once, which may take long: whether there were any."""
+        """Starts rows; those that choose or search by beams are done at once, which may take long: whether there were
+        any."""
         known: dict[tuple, Prompts | None] = {}
+        chosen: list[tuple[Row, Prompts | None]] = []
         searched: list[tuple[Row, Prompts | None]] = []
         try:
             for row in rows:
@@ -231,19 +253,34 @@ class Worker:
                     row.session.strength = row.job.strength
                     known[key] = row.session.prompts([row.square])
                 writing.ticket.push(row.update(writing.ticket, "writing"))
+                if row.choices:
+                    chosen.append((row, known[key]))
+                    continue
                 if row.sampling.beams > 1:
                     searched.append((row, known[key]))
                     continue
                 number = self._batch.add(row.tokens, row.sampling, known[key])
                 with self._changed:
                     self._active[number] = (writing, row)
+            if chosen:
+                self._choose(writing, chosen)
             while searched:
                 sampling = searched[0][0].sampling
                 self._search(writing, sampling, [pair for pair in searched if pair[0].sampling == sampling])
                 searched = [pair for pair in searched if pair[0].sampling != sampling]
         except Exception as error:  # noqa: BLE001 - the other people's texts go on
             self._fail([writing], error)
-        return any(row.sampling.beams > 1 for row in rows)
+        return any(row.choices or row.sampling.beams > 1 for row in rows)
+
+    def _choose(self, writing: Writing, pairs: Sequence[tuple[Row, Prompts | None]]) -> None:
+        """Finds the likeliest choice of each row, by its mean log-probability a token, all in one pass."""
+        rows = [row for row, _ in pairs]
+        prompts = stack_prompts([prompts for _, prompts in pairs])
+        found = log_likelihoods(self._llama, [row.tokens for row in rows], [row.endings for row in rows], prompts)
+        for row, scores in zip(rows, found, strict=True):
+            means = scores.mean()
+            row.text, row.probabilities = row.choices[int(means.argmax())], tuple(means.softmax(0).tolist())
+            self._finish(writing, row, "stop")
 
     def _search(self, writing: Writing, sampling: Sampling, pairs: Sequence[tuple[Row, Prompts | None]]) -> None:
         """Writes rows of one setting by beam search."""
@@ -331,10 +368,6 @@ class Worker:
 
     def _remaining(self, row: Row) -> float:
         return self._pace.remaining(row.job.task, row.limit, row.count)
-
-
-def _gone(writing: Writing) -> bool:
-    return writing.ticket.cancelled.is_set() or writing.ticket.abandoned()
 
 
 def _tell(writing: Writing, ahead: int, seconds: float) -> None:

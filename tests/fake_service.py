@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
 
 from app.job import AdapterInfo, Busy, Failure, Job, Update
 from mmadapter.inspection import Inside
-from mmadapter.session import Choice
 
 ADAPTERS = [
     AdapterInfo("caption", "Photo captions (caption)", ("caption", "answer", "chat"), True, None),
@@ -19,12 +19,12 @@ ADAPTERS = [
 
 
 class FakeRun:
-    """Updates of some jobs, a word at a time in turn."""
+    """Updates of some jobs, a word at a time in turn; with shares all words are those of the first choice."""
 
-    def __init__(self, jobs: Sequence[Job], texts: Sequence[str], pause: float) -> None:
+    def __init__(self, jobs: Sequence[Job], texts: Sequence[str], pause: float, shares: Sequence[float] = ()) -> None:
         self.jobs, self.texts, self.pause = jobs, texts, pause
         self.cancelled = threading.Event()
-        self._updates = self._write()
+        self._updates = self._choose(tuple(shares)) if shares else self._write()
 
     def _write(self) -> Iterator[Update]:
         for index in range(len(self.jobs)):
@@ -44,6 +44,16 @@ class FakeRun:
                 else:
                     said[index] += 1
                     yield Update(index, "writing", " ".join(own[: said[index]]), None, 7, said[index], 0, 0.2)
+
+    def _choose(self, shares: tuple[float, ...]) -> Iterator[Update]:
+        for index, text in enumerate(self.texts):
+            waiting = Update(index, "waiting", "", None, 0, 0, 2, 3.0)
+            yield waiting
+            self.cancelled.wait(self.pause)
+            if self.cancelled.is_set():
+                yield replace(waiting, state="done", finish="cancelled", ahead=0)
+            else:
+                yield replace(waiting, state="done", text=text, finish="stop", ahead=0, probabilities=shares)
 
     def __iter__(self) -> FakeRun:
         return self
@@ -68,6 +78,7 @@ class FakeService:
         runs: The jobs of each run.
         busy: How many more runs are refused.
         broken: Whether runs fail.
+        failures: What nobody foresaw.
     """
 
     def __init__(self, pause: float = 0.0, words: int = 0) -> None:
@@ -77,6 +88,7 @@ class FakeService:
         self.runs: list[list[Job]] = []
         self.made: list[FakeRun] = []
         self.busy, self.broken = 0, False
+        self.failures: list[Exception] = []
 
     def text(self, job: Job) -> str:
         asked = job.question or (job.messages[-1]["content"] if job.messages else "")
@@ -94,17 +106,24 @@ class FakeService:
         self.made.append(FakeRun(jobs, [self.text(job) for job in jobs], self.pause))
         return self.made[-1]
 
-    def choose(self, job: Job, choices: Sequence[str]) -> Choice:
-        self.runs.append([job])
-        time.sleep(self.pause)
+    def choose(self, jobs: Sequence[Job], choices: Sequence[str]) -> FakeRun:
+        self.runs.append(list(jobs))
         shares = [2.0 ** -(1 + place) for place in range(len(choices))]
-        return Choice(choices[0], 0, [share / sum(shares) for share in shares])
+        shares = [share / sum(shares) for share in shares]
+        self.made.append(FakeRun(jobs, [choices[0]] * len(jobs), self.pause, shares))
+        return self.made[-1]
 
-    def inside(self, job: Job, text: str) -> Inside:
+    def inside(self, job: Job, text: str) -> Future[Inside]:
         if self.broken:
             raise Failure("ab12cd")
         gates = [[0.1 * (layer - head) for head in range(4)] for layer in range(3)]
-        return Inside(gates, 2, [0.0, 0.0, 0.2, 0.3, 0.5], {"stage 2": 0.25, "final": 0.75}, job.strength)
+        look: Future[Inside] = Future()
+        look.set_result(Inside(gates, 2, [0.0, 0.0, 0.2, 0.3, 0.5], {"stage 2": 0.25, "final": 0.75}, job.strength))
+        return look
+
+    def failure(self, error: Exception) -> Failure:
+        self.failures.append(error)
+        return Failure("f0e1d2")
 
     def close(self) -> None:
         pass

@@ -16,7 +16,8 @@ class ScriptedService:
         runs: One for each request.
         hold: While it is not set, no word after the first of a run is written.
         busy: Seconds of `Busy`, which every request then gets.
-        breaks: Whether writing breaks after the first word.
+        breaks: What is raised after the first word.
+        failures: What nobody foresaw.
     """
 
     def __init__(self) -> None:
@@ -31,7 +32,8 @@ class ScriptedService:
         self.hold = threading.Event()
         self.hold.set()
         self.busy: float | None = None
-        self.breaks = False
+        self.breaks: Exception | None = None
+        self.failures: list[Exception] = []
 
     def run(self, jobs: Sequence[Job]) -> ScriptedRun:
         if self.busy is not None:
@@ -41,6 +43,10 @@ class ScriptedService:
         self.jobs += jobs
         self.runs.append(ScriptedRun(self, jobs))
         return self.runs[-1]
+
+    def failure(self, error: Exception) -> Failure:
+        self.failures.append(error)
+        return Failure("f0e1d2")
 
     def close(self) -> None:
         self.hold.set()
@@ -77,8 +83,8 @@ class ScriptedRun:
             for count, word in enumerate(words, 1):
                 text = f"{text} {word}".strip()
                 yield Update(index, "writing", text, None, 7, count, 0, 0.0)
-                if self.service.breaks:
-                    raise Failure("c0ffee")
+                if self.service.breaks is not None:
+                    raise self.service.breaks
                 while not self.service.hold.wait(0.01):
                     if self.cancelled.is_set():
                         yield Update(index, "done", text, "cancelled", 7, count, 0, 0.1)

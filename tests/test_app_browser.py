@@ -6,6 +6,7 @@ import base64
 import csv
 import importlib.util
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ import tiny_session
 from tiny_session import Tiny
 
 from app.feedback import Feedback
+from app.job import Job
+from app.render import AS_WRITTEN
 from app.server import ServerSettings, build_server, running
 from app.service import Service
 from app.tasks import Tasks
@@ -38,6 +41,7 @@ class Site:
 
     Attributes:
         pause: Seconds that each token takes besides.
+        runs: The jobs of each run.
         wrong: Console errors, exceptions and requests to other hosts since the last test.
     """
 
@@ -46,6 +50,7 @@ class Site:
     feedback: Path
     pause: list[float] = field(default_factory=lambda: [0.0])
     wrong: list[str] = field(default_factory=list)
+    runs: list[list[Job]] = field(default_factory=list)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +73,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
                 time.sleep(site.pause[0])
                 return step(batch)
 
+            run = service.run
             patch.setattr(RunningBatch, "step", slow)
+            patch.setattr(service, "run", lambda jobs: site.runs.append(list(jobs)) or run(jobs))
             yield site
     service.close()
 
@@ -194,6 +201,42 @@ def test_the_camera_takes_a_picture(browser: Any, site: Site) -> None:
     page.context.close()
 
 
+def test_an_answer_is_copied(desk: Any, site: Site) -> None:
+    desk.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    desk.locator("#caption-result button.copy").click()
+    desk.locator("#caption-result button.copy", has_text="Copied").wait_for()
+    assert letters(desk.evaluate("navigator.clipboard.readText()")) == expected(site, site.tiny.sees)
+
+
+def test_stop_stays_where_it_is_while_captions_grow(desk: Any) -> None:
+    stop, result = desk.locator("button.stop-now:visible").first, desk.locator("#caption-result")
+    desk.get_by_role("button", name="Settings").first.click()
+    set_number(desk, "#caption-count", 5)
+    before, height = stop.bounding_box(), result.bounding_box()["height"]
+    desk.click("#caption-go")
+    desk.wait_for_function("document.querySelectorAll('#caption-result .words').length == 5")
+    words(desk, "#caption-result")
+    assert result.bounding_box()["height"] > height
+    assert stop.bounding_box()["y"] == before["y"]
+    set_number(desk, "#caption-count", 1)
+    desk.get_by_role("button", name="Settings").first.click()
+
+
+def test_a_picture_that_goes_takes_its_caption_with_it(browser: Any, site: Site) -> None:
+    """What was still on its way would take the place of the hint."""
+    page = visit(browser, site, DESK)
+    page.wait_for_selector("#caption-go")
+    site.pause[0] = 0.1
+    page.locator("#caption-picture input[type=file]").set_input_files(site.tiny.picture(0))
+    page.wait_for_function("document.querySelector('#caption-result .words')?.textContent.length > 3")
+    page.locator("#caption-picture").get_by_label(re.compile("Clear|Remove")).first.click()
+    page.get_by_text("Captions appear here").wait_for()
+    time.sleep(1)  # several tokens
+    assert page.get_by_text("Captions appear here").is_visible()
+    assert page.locator("button.stop-now:visible").first.is_disabled()
+    page.context.close()
+
+
 def test_strength_0_gives_the_words_of_the_base(desk: Any, site: Site) -> None:
     set_number(desk, "#caption-strength", 0)
     desk.click("#caption-go")
@@ -250,7 +293,7 @@ def test_the_chosen_side_of_a_comparison_is_judged(desk: Any, site: Site) -> Non
     choose(desk, "#caption-against", "Nothing")
 
 
-def test_many_files_become_a_table_and_a_csv(desk: Any, site: Site, tmp_path: Path) -> None:
+def test_many_files_become_a_table_and_files(desk: Any, site: Site, tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     desk.get_by_role("button", name="Many pictures at once").click()
@@ -272,6 +315,12 @@ def test_many_files_become_a_table_and_a_csv(desk: Any, site: Site, tmp_path: Pa
     assert letters(rows[1]["caption"]) == expected(site, site.tiny.sees, number=1)
     assert rows[3]["error"]
     assert not rows[3]["caption"]
+    with desk.expect_download() as download:
+        desk.click("a[download='captions.jsonl']")
+    download.value.save_as(tmp_path / "captions.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert lines[:3] == [{"image": row["image"], "caption": row["caption"]} for row in rows[:3]]
+    assert lines[3:] == [{"image": "broken.png", "error": rows[3]["error"]}]
 
 
 def test_a_question_by_keyboard_and_its_choices(desk: Any, site: Site) -> None:
@@ -292,6 +341,39 @@ def test_a_question_by_keyboard_and_its_choices(desk: Any, site: Site) -> None:
     shares = [int(text.rstrip("%")) for text in desk.locator("#ask-result .line span:last-child").all_text_contents()]
     assert 99 <= sum(shares) <= 101
     assert "What is it?" in desk.locator(".earlier").inner_text()
+
+
+def test_a_quick_question_is_asked_by_one_click(browser: Any, site: Site) -> None:
+    page = visit(browser, site, DESK, "/?tab=ask")
+    page.get_by_role("button", name="What color is it?").click()  # of a sample, since there is no picture
+    page.locator("#ask-result", has_text="What color is it?").wait_for()
+    assert words(page, "#ask-result")
+    assert page.locator("#ask-picture img").count() == 1
+    page.get_by_role("button", name="Is there a person?").click()
+    page.locator("#ask-result", has_text="Is there a person?").wait_for()
+    assert words(page, "#ask-result")
+    assert "What color is it?" in page.locator(".earlier").inner_text()
+    (first,), (second,) = site.runs[-2:]
+    assert [job.question for job in (first, second)] == ["What color is it?", "Is there a person?"]
+    assert first.image.tobytes() == second.image.tobytes()
+    page.context.close()
+
+
+def test_no_answer_stands_below_another_picture(browser: Any, site: Site) -> None:
+    page = visit(browser, site, DESK, "/?tab=ask")
+    page.wait_for_selector("#ask-go")
+    page.locator("#ask-picture input[type=file]").set_input_files(site.tiny.picture(0))
+    page.wait_for_selector("#ask-picture img")
+    site.pause[0] = 0.1
+    page.locator("#ask-question textarea").fill("What is it?")
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelector('#ask-result .words')?.textContent.length > 3")
+    page.locator("#tab-ask").get_by_role("button", name="Cat").click()
+    page.get_by_text("Answers appear here").wait_for()
+    time.sleep(1)  # several tokens
+    assert page.get_by_text("Answers appear here").is_visible()
+    assert page.locator("button.stop-now:visible").first.is_disabled()
+    page.context.close()
 
 
 def test_stop_ends_a_chat_and_nothing_jumps(desk: Any, site: Site) -> None:
@@ -336,8 +418,50 @@ def test_undo_while_an_answer_is_written_stays_undone(desk: Any, site: Site) -> 
     assert stop.is_disabled()
 
 
-def test_everything_has_a_name(desk: Any) -> None:
+def test_chat_is_shown_and_copied_as_written_and_edited(desk: Any, site: Site) -> None:
+    """And the system prompt stands before all of it."""
+    said = "if a < b: `x<y &lt;` <b>bold</b> &lt; ![x](http://host.invalid/a.png)"
+    desk.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    desk.get_by_label("System prompt").fill("Be brief.")
+    desk.locator("#chat-text textarea").fill(said)
+    desk.keyboard.press("Enter")
+    desk.locator("#tab-chat .thanks", has_text="tokens ·").wait_for()
+    assert site.runs[-1][0].messages == (
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": said},
+    )
+    shown = desk.locator("#chat-0 .user").first.inner_text().replace(AS_WRITTEN, "")
+    assert "if a < b: x<y &lt; <b>bold</b> &lt; !x" in shown
+    assert desk.locator("#chat-0 .user code").first.inner_text().replace(AS_WRITTEN, "") == "x<y &lt;"
+    desk.locator("#chat-0").get_by_label("Copy message").first.click()
+    eventually(lambda: desk.evaluate("navigator.clipboard.readText()") == said)
+    desk.locator("#chat-0").get_by_label("Edit").first.click()
+    desk.locator("#chat-0 textarea").first.fill("Say it again.")
+    desk.locator("#chat-0").get_by_label("Submit").first.click()
+    eventually(lambda: site.runs[-1][0].messages[-1]["content"] == "Say it again.")
+    assert len(site.runs[-1][0].messages) == 2
+    eventually(desk.locator("button.stop-now:visible").is_disabled)
+
+
+def test_two_sides_chat_side_by_side(desk: Any, site: Site) -> None:
+    desk.get_by_role("button", name="New conversation").click()
+    choose(desk, "#chat-against", "(sees)")
+    desk.locator("#chat-text textarea").fill("Hello.")
+    desk.keyboard.press("Enter")
+    desk.locator("#tab-chat .thanks", has_text=re.compile("tokens · .*sees: .*tokens · ")).wait_for()
+    assert [job.adapter for job in site.runs[-1]][1:] == ["sees"]
+    for side in (0, 1):
+        assert letters(desk.locator(f"#chat-{side} .bot").first.inner_text())
+    left, right = (desk.locator(f"#chat-{side}").bounding_box() for side in (0, 1))
+    assert left["x"] + left["width"] <= right["x"]
+    choose(desk, "#chat-against", "Nothing")
+
+
+@pytest.mark.parametrize("tab", ["Caption", "Ask", "Chat"])
+def test_everything_has_a_name(desk: Any, tab: str) -> None:
     """Buttons, inputs and pictures say what they are to a screen reader."""
+    desk.get_by_role("tab", name=tab).click()
+    desk.wait_for_selector(f"#tab-{tab.lower()}-button[aria-selected=true]")
     nameless = desk.evaluate(
         """() => [...document.querySelectorAll("button, input, textarea, img")].filter((one) => {
             if (!one.offsetParent || one.type === "file" || one.getAttribute("aria-hidden") === "true") return false;
@@ -349,6 +473,44 @@ def test_everything_has_a_name(desk: Any) -> None:
     )
     assert nameless == []
     assert desk.evaluate("document.documentElement.lang") == "en"
+
+
+def test_the_tab_key_goes_down_the_page(browser: Any, site: Site) -> None:
+    page = visit(browser, site, DESK)
+    page.wait_for_selector("#caption-go")
+    met = []
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        met.append(
+            page.evaluate(
+                """() => { const one = document.activeElement, block = one.closest("[id^=caption-]");
+                return block ? block.id : one.getAttribute("aria-label") || one.innerText; }"""
+            )
+        )
+    order = ["Light or dark", "Caption", "caption-picture", "Astronaut", "caption-go", "caption-adapter"]
+    order += ["caption-strength", "caption-against"]
+    places = [met.index(name) for name in order]
+    assert places == sorted(places), met
+    page.context.close()
+
+
+def test_a_phone_captions_a_picture_stops_and_turns_the_strength(browser: Any, site: Site) -> None:
+    page = visit(browser, site, PHONE)
+    page.wait_for_selector("#caption-go")
+    site.pause[0] = 0.1
+    page.locator("#caption-picture input[type=file]").set_input_files(site.tiny.picture(0))
+    page.wait_for_function("document.querySelector('#caption-result .words')?.textContent.length > 3")
+    stop = page.locator("button.stop-now:visible").first
+    assert stop.bounding_box()["height"] >= 36
+    stop.click()
+    page.locator("#caption-result footer", has_text="stopped").wait_for()
+    site.pause[0] = 0.0
+    set_number(page, "#caption-strength", 0)
+    page.click("#caption-go")
+    base = expected(site, site.tiny.sees, 0.0)
+    eventually(lambda: words(page, "#caption-result") == base)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    page.context.close()
 
 
 @pytest.mark.parametrize("tab", ["caption", "ask", "chat"])
@@ -373,6 +535,7 @@ def test_the_theme_button_is_remembered(browser: Any, site: Site) -> None:
     assert page.evaluate("document.body.classList.contains('dark')")
     page.reload()
     page.wait_for_function("document.body.classList.contains('dark')")
+    page.wait_for_selector("#caption-go")
     primary = page.evaluate(
         "() => { const style = getComputedStyle(document.querySelector('#caption-go')); "
         "return [style.backgroundColor, style.color]; }"

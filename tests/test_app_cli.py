@@ -85,8 +85,9 @@ def served(tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 @pytest.fixture
-def run(capsys):
+def run(capsys, monkeypatch, tmp_path):
     """Runs the command line on a base that is not there: (exit status, standard output, standard error)."""
+    monkeypatch.setenv("MMADAPTER_CACHE", str(tmp_path / "cache"))  # feedback is kept there
 
     def run_command(*words: object) -> tuple[int, str, str]:
         try:
@@ -167,6 +168,14 @@ def test_a_file_that_cannot_be_made_is_told_before_anything_is_loaded(run, tmp_p
         assert err == (
             f"error: {option} {tmp_path}/missing/x.jsonl: there is no folder {tmp_path}/missing; make it first\n"
         )
+
+
+def test_feedback_is_kept_in_the_cache_folder_unless_it_is_turned_off(run, tmp_path):
+    kept = tmp_path / "cache" / "feedback.jsonl"
+    assert "Feedback is kept" not in run("--port", 0, "--feedback", "none")[2]
+    assert not kept.exists()
+    assert f"Feedback is kept in {kept}\n" in run("--port", 0)[2]
+    assert kept.read_bytes() == b""
 
 
 def test_the_environment_stays_as_it_was(run, monkeypatch):
@@ -268,8 +277,21 @@ def test_control_c_ends_it_and_leaves_nothing(tiny, served):
     assert served.process.returncode == 0
     assert list(served.uploads.iterdir()) == []
     told = served.stderr.read_text()
-    assert re.fullmatch(r"Loading .*/llama \.\.\.\nLoaded in [\d.]+ s; adapters: caption\n", told), told
+    kept, rest = told.split("\n", 1)
+    assert re.fullmatch(r"Feedback is kept in .*/cache/feedback\.jsonl", kept)
+    assert re.fullmatch(r"Loading .*/llama \.\.\.\nLoaded in [\d.]+ s; adapters: caption\n", rest), told
     for word in ("CONNECTS", "LOOKS UP", "Traceback", "WARNING"):
         assert word not in told, told
     with pytest.raises(httpx.ConnectError):
         httpx.get(served.url)
+
+
+def test_a_cache_folder_that_cannot_be_written_stops_nothing(monkeypatch, tmp_path, capsys):
+    from app.cli import open_feedback
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MMADAPTER_CACHE", str(tmp_path / "file" / "cache"))
+    assert open_feedback(None) is None
+    assert capsys.readouterr().err.startswith("Feedback is not kept: cannot keep feedback in ")
+    with pytest.raises(OSError, match="give a file that can be written"):
+        open_feedback(tmp_path / "file" / "feedback.jsonl")

@@ -20,6 +20,7 @@ from PIL import Image
 from scripted_service import ScriptedService
 
 from app import remote_image
+from app.job import Failure
 from app.log import Log
 from app.openai_api import ApiOptions, build_router
 from app.openai_request import NOT_THERE, PASSED_OVER, ChatRequest
@@ -323,7 +324,7 @@ def test_a_full_queue_says_when_to_try_again(client, service):
 
 
 def test_a_failure_is_told_by_its_code_alone(client, service):
-    service.breaks = True
+    service.breaks = Failure("c0ffee")
     with pytest.raises(openai.InternalServerError) as caught:
         ask(client, "one two")
     assert caught.value.code == "c0ffee"
@@ -331,6 +332,36 @@ def test_a_failure_is_told_by_its_code_alone(client, service):
     assert "Traceback" not in caught.value.response.text
     with pytest.raises(openai.APIError, match="c0ffee"):
         list(ask(client, "one two", stream=True))
+
+
+def test_what_nobody_foresaw_is_told_by_a_code_too(client, service):
+    """Such as a mistake of ours: a bare 500 of text would tell the client nothing, and the log no code."""
+    service.breaks = KeyError("oops")
+    with pytest.raises(openai.InternalServerError) as caught:
+        ask(client, "one two")
+    assert caught.value.code == "f0e1d2"
+    assert caught.value.type == "server_error"
+    assert "oops" not in caught.value.response.text
+    with pytest.raises(openai.APIError, match="f0e1d2"):
+        list(ask(client, "one two", stream=True))
+    assert [type(error) for error in service.failures] == [KeyError, KeyError]
+
+
+def test_an_answer_that_was_stopped_is_not_told_as_whole(client, service):
+    """As when the app ends; "stop" would say that the model had nothing to add."""
+    service.hold.clear()
+    with ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(ask, client, "one two")
+        assert eventually(lambda: service.runs)
+        service.runs[0].cancel()
+        with pytest.raises(openai.InternalServerError, match="stopped before its end") as caught:
+            whole.result(10)
+    assert (caught.value.status_code, caught.value.code, caught.value.type) == (503, "cancelled", "server_error")
+    stream = ask(client, "one two", stream=True)
+    assert [next(stream).choices[0].delta.content for _ in range(2)] == ["", "ONE"]
+    service.runs[1].cancel()
+    with pytest.raises(openai.APIError, match="stopped before its end"):
+        list(stream)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The parts of the app that stand alone: the look inside as HTML, feedback, uploads."""
+"""The parts of the app that stand alone: the look inside as HTML, feedback, uploads; and what the page's buttons do."""
 
 from __future__ import annotations
 
@@ -15,13 +15,22 @@ import time
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from fake_service import FakeRun, FakeService
 from PIL import Image
 from tiny_session import picture
 
+from app.chat_tab import Turn, bubbles
 from app.feedback import Feedback
 from app.inside import ADDS, BAR, TAKES, inside_html
+from app.job import Busy, Job
+from app.outcome import BASE, Answer, Outcome, Side
+from app.render import AS_WRITTEN, by_side, status_text
+from app.server import ServerSettings, build_server, running
+from app.tasks import Current, Tasks
 from app.uploads import Limits, TooLarge, read_data_uri, read_upload
 from mmadapter.inspection import Inside
 
@@ -431,3 +440,131 @@ def test_another_text_than_a_picture_is_refused(text: str, message: str) -> None
 def test_limits_below_one_are_refused() -> None:
     with pytest.raises(ValueError, match="limits must be at least 1, got 0 bytes and 5 pixels"):
         Limits(0, 5)
+
+
+# The page
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The page over a service without a model, which is its attribute `service`."""
+    from app.ui import build_page
+
+    service = FakeService()
+    page = build_page(Tasks(service, feedback=Feedback(tmp_path_factory.mktemp("page") / "feedback.jsonl")))
+    page.service = service
+    return page
+
+
+@pytest.fixture
+def page(built: Any) -> Any:
+    built.service.runs.clear()
+    return built
+
+
+def handler(page: Any, name: str, tab: str = "") -> Any:
+    """What an event of the page calls, by its name in the code."""
+    return next(fn.fn for fn in page.fns.values() if fn.name == name and tab in fn.fn.__module__)
+
+
+def event(index: int) -> SimpleNamespace:
+    return SimpleNamespace(index=index, liked=True)
+
+
+CHAT = (None, "", Current(), "instruct", 1.0, "", 1.0, 1.0, 1.0, 20, 5, 1)  # picture ... current, model, decoding
+
+
+def test_every_retry_is_drawn_with_another_seed(page: Any) -> None:
+    talk = (Turn("one"), Turn("two"))
+    for _ in range(2):
+        *_, last = handler(page, "retry")(event(3), talk, *CHAT)
+        talk = next(value for value in last.values() if isinstance(value, tuple))
+    assert [turn.user for turn in talk] == ["one", "two"]
+    list(handler(page, "say")("three", talk, *CHAT))
+    assert [run[0].settings["seed"] for run in page.service.runs] == [6, 7, 5]
+
+
+def test_a_page_kept_open_over_a_restart_is_told_so(page: Any) -> None:
+    """The server has an empty conversation then, and the page's buttons name turns of the old one."""
+    (update,) = handler(page, "retry")(event(3), (), *CHAT)
+    assert "started anew" in str(update.values())
+    assert "started anew" in str(handler(page, "undo")(event(3), (), Current(), *CHAT[3:7]).values())
+    assert "no answer to judge" in handler(page, "judged")(event(3), ())
+    assert page.service.runs == []
+
+
+def test_no_button_is_built_by_mistake(page: Any) -> None:
+    """An update that is made while the page is built stands in it, as "Run"."""
+    buttons = [block for block in page.blocks.values() if block.get_block_name() == "button"]
+    assert len(buttons) > 20
+    assert [button for button in buttons if button.value == "Run"] == []
+
+
+def test_chat_text_is_no_html_and_fetches_nothing() -> None:
+    """An entity in place of "<" would be shown as such in code, and copied."""
+    text = "if a < b: `x<y` <b>bold</b> &lt; ![x](http://host/a.png) **bold**"
+    shown = bubbles((Turn(text, (Answer(Side("a"), Job("chat"), text=text, state="done"),)),), 0)
+    for message in shown:
+        assert not re.search(r"<[^\u2060]|&[^\u2060]|!\[", message["content"])
+        assert message["content"].replace(AS_WRITTEN, "") == text
+
+
+def test_the_look_inside_pairs_the_first_answers_of_both_sides(page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of one side and the last of the other are drawn with other seeds."""
+    looked, inside = [], page.service.inside
+    monkeypatch.setattr(page.service, "inside", lambda job, text: looked.append(text) or inside(job, text))
+    first, second = Side("caption"), Side("other")
+    answers = tuple(
+        Answer(side, Job("caption"), text=f"{side.adapter} {number}", state="done")
+        for side in (first, second)
+        for number in range(3)
+    )
+    assert [len(group) for group in by_side(answers)] == [3, 3]
+    handler(page, "opened", "controls")(Outcome(answers), Current())
+    handler(page, "opened", "controls")(
+        Outcome((Answer(Side(BASE), Job("caption"), state="done"), *answers[3:])), Current()
+    )
+    assert looked == ["caption 0", "other 0", "other 0"]
+
+
+@pytest.mark.parametrize(
+    ("ahead", "seconds", "expected"),
+    [
+        (0, 0.2, "Starting …"),
+        (0, 20.4, "Waiting: about 20 s"),  # the next one, but every place is taken
+        (1, 0.2, "Waiting: 1 request before yours, about 1 s"),
+        (3, 7.0, "Waiting: 3 requests before yours, about 7 s"),
+    ],
+)
+def test_who_waits_is_told_how_long(ahead: int, seconds: float, expected: str) -> None:
+    assert status_text(Answer(Side("a"), Job("chat"), ahead=ahead, seconds=seconds)) == expected
+
+
+def test_the_first_one_too_many_is_told_so_through_gradio(page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service takes 40; with 40 places in Gradio's own queue the next one would wait there without a word."""
+    from gradio_client import Client
+
+    service, taken = page.service, []
+
+    def run(jobs: list[Job]) -> FakeRun:
+        if len(taken) == 40:
+            raise Busy(4.0)
+        taken.append(FakeRun(jobs, ["word"], 60.0))
+        return taken[-1]
+
+    monkeypatch.setattr(service, "run", run)
+    with running(build_server(service, page, ServerSettings())) as url:
+        client = Client(url, analytics_enabled=False, verbose=False, max_workers=64)
+        try:
+            waiting = [client.submit(f"{number}", [], None, api_name="/chat") for number in range(40)]
+            end = time.monotonic() + 60
+            while len(taken) < 40:
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            with pytest.raises(Exception, match="Too many people are waiting"):
+                client.submit("one more", [], None, api_name="/chat").result(timeout=30)
+            assert [job.exception() for job in waiting if job.done()] == []
+        finally:
+            for made in taken:
+                made.cancel()
+            client.close()

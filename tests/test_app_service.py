@@ -16,17 +16,19 @@ from PIL import Image
 from tiny_session import Tiny
 
 from app import run as run_module
+from app import worker as worker_module
 from app.estimate import Pace, waits
 from app.job import Busy, Failure, Job, Update
 from app.log import Log
 from app.run import Run
-from app.service import Service
+from app.service import MOST_CHOICES, Service
 from mmadapter.inspection import look_inside
 from mmadapter.session import Session
 
 SOON = 20.0  # seconds that a test waits before it fails
 LONG = {"max_new_tokens": 300, "temperature": 1.0, "seed": 0}
 TALK = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"})
+WHY = Job("answer", question="Why?", adapter="none")
 ASKED = ({"role": "user", "content": "Why?"},)
 
 
@@ -284,6 +286,7 @@ def test_services_that_cannot_be(tiny, base):
         (Job("answer", question="Why?", settings={"top_p": True}), "top_p must be a number, got True"),
         (Job("answer", question="Why?", settings={"stop": "x"}), "stop must be a list of texts .* got 'x'"),
         (Job("answer", question="Why?", settings={"seed": 1.5}), "seed must be a whole number from .*, got 1.5"),
+        (Job("answer", question="Why?", settings={"beams": 9}), "beams must be at most 8, got 9"),
         (Job("answer", question="Why? " * 200), "the model's context holds 400, the answer included; shorten it"),
     ],
 )
@@ -322,7 +325,7 @@ def test_a_full_queue_says_when_to_come_back(make, held):
         service.run([long_job()])
     assert 1 <= raised.value.seconds < 100
     with pytest.raises(Busy):
-        service.choose(Job("answer", question="Why?", adapter="none"), ["a", "b"])
+        service.choose([WHY], ["a", "b"])
     first.cancel()
     held.set()
     assert last(second)[0].finish == "length"
@@ -445,16 +448,65 @@ def test_choices_are_those_of_the_library(tiny, make, photo, adapter):
     session.strength = 0.8
     image = photo if adapter in ("sees", "tuned") else None
     choices = ("a dog", "grass", "the response is a man")
-    chosen = make().choose(Job("answer", image, question="What?", adapter=adapter, strength=0.8), choices)
+    beams = {"beams": 4}  # the page's slider: there is nothing to search
+    job = Job("answer", image, question="What?", adapter=adapter, strength=0.8, settings=beams)
+    chosen = last(make().choose([job], choices))[0]
     expected = session.answer(image, "What?", choices)
-    assert chosen[:2] == expected[:2]
+    assert (chosen.text, chosen.state, chosen.finish) == (expected.text, "done", "stop")
     assert chosen.probabilities == pytest.approx(expected.probabilities, abs=1e-5)
 
 
+def test_the_sides_of_a_comparison_choose_in_one_pass(tiny, base, make, photo, monkeypatch):
+    """Each with its own adapter, strength and prompt, as if it were alone."""
+    passes, hidden = [], base.llama.hidden
+    sides = [("sees", 1.0, photo), ("tuned", 0.5, photo), ("reads", 1.0, None), ("none", 1.0, None)]
+    jobs = [Job("answer", image, question="What?", adapter=name, strength=value) for name, value, image in sides]
+    choices = ["a dog", "grass", "the response is a man"]
+    service = make()
+    alone = [last(service.choose([job], choices))[0] for job in jobs]
+    monkeypatch.setattr(base.llama, "hidden", lambda *t, **o: passes.append(len(t[0])) or hidden(*t, **o))
+    together = last(service.choose(jobs, choices))
+    assert passes == [4, 12]  # the questions, then all their choices
+    assert [together[place].text for place in range(4)] == [chosen.text for chosen in alone]
+    for place, chosen in enumerate(alone):
+        assert together[place].probabilities == pytest.approx(chosen.probabilities, abs=1e-5)
+    assert len({chosen.probabilities for chosen in alone}) == 4
+    line = wait_for_runs(service, 5)[-1]
+    assert (line["finish"], line["tokens"]) == (["stop"] * 4, 0)
+
+
+def test_choices_wait_their_turn_and_can_be_cancelled(make, held, monkeypatch):
+    """They used to be computed for nobody, with no word of how long it would take."""
+    service = make(max_batch=1, max_waiting=5)
+    first = service.run([long_job()])
+    wait_for(lambda: not service._worker._queue)
+    gone, kept = service.choose([WHY], ["a", "b"]), service.choose([WHY], ["a", "b"])
+    waiting = next(kept)
+    assert (waiting.state, waiting.ahead) == ("waiting", 1)
+    assert waiting.seconds > 0
+    gone.cancel()
+    scored, score = [], worker_module.log_likelihoods
+    monkeypatch.setattr(worker_module, "log_likelihoods", lambda *asked: scored.append(asked) or score(*asked))
+    first.cancel()
+    held.set()
+    assert last(kept)[0].text in ("a", "b")
+    assert [(update.finish, update.probabilities) for update in gone] == [("cancelled", ())]
+    assert len(scored) == 1
+
+
 def test_bad_choices_are_refused(make):
-    for choices, message in ((["a"], "two or more, got 1"), (["a", ""], "texts that are not empty"), ("ab", "a list")):
+    service, limit = make(), MOST_CHOICES
+    for choices, message in (
+        (["a"], "two or more, got 1"),
+        ([], "two or more, got 0"),
+        (["a", ""], "texts that are not empty"),
+        ("ab", "a list"),
+        (["a"] * (limit + 1), f"choices must be at most {limit}, got {limit + 1}"),
+        (["a", "b " * 400], "and the model's context holds 400; shorten them"),
+    ):
         with pytest.raises(ValueError, match=message):
-            make().choose(Job("answer", question="Why?", adapter="none"), choices)
+            service.choose([WHY], choices)
+    assert len(last(service.choose([WHY], ["a"] * limit))[0].probabilities) == limit
 
 
 @pytest.mark.parametrize("adapter", ["sees", "reads"])
@@ -463,7 +515,7 @@ def test_looking_inside_looks_at_the_text_as_it_was_written(tiny, make, photo, a
     session = tiny.load(getattr(tiny, adapter))
     image = photo if adapter == "sees" else None
     job = Job("answer", image, question="Why?", adapter=adapter, strength=0.6)
-    found = make().inside(job, "a red dog")
+    found = make().inside(job, "a red dog").result(SOON)
     separator = " " if adapter == "sees" else ""
     expected = look_inside(
         session,
@@ -478,7 +530,22 @@ def test_looking_inside_looks_at_the_text_as_it_was_written(tiny, make, photo, a
 
 def test_the_base_has_nothing_inside(make):
     with pytest.raises(ValueError, match="the base model alone has no gates"):
-        make().inside(Job("answer", question="Why?", adapter="none"), "a dog")
+        make().inside(Job("answer", question="Why?", adapter="none"), "a dog").result(SOON)
+
+
+def test_a_look_inside_that_nobody_waits_for_is_not_taken(make, held, monkeypatch):
+    service = make(max_batch=1)
+    first = service.run([long_job()])
+    wait_for(lambda: not service._worker._queue)
+    looks, taken = [service.inside(WHY, "a dog") for _ in range(2)], []
+    monkeypatch.setattr("app.service.wording.written_tokens", lambda *asked: taken.append(asked) or 1 / 0)
+    assert looks[0].cancel()
+    first.cancel()
+    held.set()
+    with pytest.raises(Failure):
+        looks[1].result(SOON)
+    assert len(taken) == 1
+    assert last(service.run([long_job(settings={"max_new_tokens": 2})]))[0].tokens == 2
 
 
 # Failures
@@ -505,7 +572,7 @@ def test_what_breaks_has_a_code_that_stands_in_the_log(base, make, tmp_path, mon
     with pytest.raises(Failure) as raised:  # while it is being read, not while a token is written
         list(service.run([long_job()]))
     with pytest.raises(Failure) as chosen:
-        service.choose(Job("answer", question="Why?", adapter="none"), ["a", "b"])
+        list(service.choose([WHY], ["a", "b"]))
     broken.clear()
     assert last(service.run([long_job(settings={"max_new_tokens": 4})]))[0].tokens == 4
     logged = {line["code"]: line for line in log_lines(tmp_path) if line["level"] == "error"}
@@ -531,26 +598,18 @@ def test_closing_ends_everything(make, held):
     service = make(max_batch=1)
     runs = [service.run([long_job(), long_job()]), service.run([long_job()])]
     next(runs[0])
-    question, refused = Job("answer", question="Why?", adapter="none"), []
-
-    def ask() -> None:
-        try:
-            service.choose(question, ["a", "b"])
-        except Failure as error:
-            refused.append(error)
-
-    asked = threading.Thread(target=ask)
-    asked.start()
-    wait_for(lambda: len(service._worker._queue) == 3)
+    runs.append(service.choose([WHY], ["a", "b"]))
+    looks = [service.inside(WHY, "a dog") for _ in range(2)]
+    looks[0].cancel()
     closing = threading.Thread(target=service.close)
     closing.start()
     wait_for(lambda: service._worker._closed)
     held.set()
     closing.join(SOON)
-    asked.join(SOON)
     assert not closing.is_alive()
-    assert len(refused) == 1
-    assert [{update.finish for update in last(run).values()} for run in runs] == [{"cancelled"}, {"cancelled"}]
+    assert [{update.finish for update in last(run).values()} for run in runs] == [{"cancelled"}] * 3
+    with pytest.raises(Failure):
+        looks[1].result(SOON)
     with pytest.raises(Failure):
         service.run([long_job()])
     service.close()  # again: nothing happens
@@ -590,6 +649,31 @@ def test_lines_of_many_threads_stay_whole(tmp_path, capsys):
     assert json.loads(err)["place"] == str(tmp_path)
     with pytest.raises(OSError, match="nowhere"):
         Log(tmp_path / "nowhere" / "log")
+
+
+def test_what_nobody_foresaw_has_a_code(make, tmp_path):
+    failure = make().failure(KeyError("oops"))
+    (line,) = log_lines(tmp_path)
+    assert (line["code"], line["error"], line["level"]) == (failure.code, "KeyError", "error")
+
+
+FULL = Path("/dev/full")  # a disk without room
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
+def test_a_full_disk_ends_neither_the_log_nor_the_model(base, capsys):
+    """The model's thread writes the log, and would have ended for everybody."""
+    log = Log(FULL)
+    code = log.failure(RuntimeError("out of memory"))
+    log.write("note")
+    told, error = capsys.readouterr().err.splitlines()
+    assert told == f"the log {FULL} cannot be written: No space left on device; errors are written here meanwhile"
+    assert json.loads(error)["code"] == code
+    service = Service(base, [], log=log, max_batch=1, max_waiting=0)
+    for _ in range(2):
+        assert last(service.run([long_job(settings={"max_new_tokens": 2})]))[0].finish == "length"
+    assert service._worker._thread.is_alive()
+    service.close()
 
 
 # Estimates

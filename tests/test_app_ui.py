@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from app.chat_tab import Turn, bubbles, spoken
 from app.feedback import Feedback
 from app.job import Busy, Failure, Job
 from app.outcome import AUTOMATIC, BASE, Answer, FileRow, Files, Outcome, Side
-from app.render import chat_text, files_html, outcome_html, status_text
+from app.render import files_html, outcome_html, status_text
 from app.tasks import AT_ONCE, Current, Tasks
 from app.uploads import Limits
 
@@ -100,11 +103,37 @@ def test_choices_are_scored(tasks: Tasks, photo: Path) -> None:
     final = last(tasks.ask(photo, "Which?", [CAPTION], GREEDY, ["a cat", " ", "a dog"]))
     (answer,) = final.answers
     assert (answer.text, answer.choices) == ("a cat", ("a cat", "a dog"))
+    assert (answer.state, answer.finish) == ("done", "stop")
     assert answer.probabilities == pytest.approx((2 / 3, 1 / 3))
     html = outcome_html(final, "Which?")
     assert "67%" in html
     assert "33%" in html
     assert "width:66.7%" in html
+
+
+def test_choices_wait_and_stop_as_any_run_does(tasks: Tasks, service: FakeService, photo: Path) -> None:
+    """Both sides are one run, which says how long it waits, and which Stop and a closed tab end."""
+    sides, choices = [CAPTION, Side("other", 0.5)], ["a cat", "a dog"]
+    outcomes = list(tasks.ask(photo, "Which?", sides, GREEDY, choices))
+    assert [[job.adapter for job in run] for run in service.runs] == [["caption", "other"]]
+    assert "Waiting: 2 requests before yours, about 3 s" in outcome_html(outcomes[1])
+    assert [answer.text for answer in outcomes[-1].answers] == ["a cat", "a cat"]
+
+    current = Current()
+    outcomes = tasks.ask(photo, "Which?", sides, GREEDY, choices, current)
+    next(outcomes)
+    next(outcomes)
+    current.stop()
+    stopped = last(outcomes)
+    assert [answer.finish for answer in stopped.answers] == ["cancelled", "cancelled"]
+    assert "%" not in outcome_html(stopped)
+    assert "stopped" in outcome_html(stopped)
+
+    outcomes = tasks.ask(photo, "Which?", sides, GREEDY, choices)
+    next(outcomes)
+    next(outcomes)
+    outcomes.close()
+    assert service.made[-1].cancelled.is_set()
 
 
 @pytest.mark.parametrize(
@@ -149,6 +178,32 @@ def test_a_full_queue_and_a_failure_are_shown(tasks: Tasks, service: FakeService
     assert "ab12cd" in str(Failure("ab12cd"))
 
 
+def test_what_nobody_foresaw_is_told_by_its_code(
+    tasks: Tasks, service: FakeService, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradio would say no more than "Error", and the log would not know of it."""
+
+    def breaks(*_: object) -> None:
+        raise KeyError("oops")
+
+    monkeypatch.setattr(service, "run", breaks)
+    monkeypatch.setattr(service, "choose", breaks)
+    tasks.feedback = breaks  # has no `add`
+    final = last(tasks.files([photo], CAPTION, GREEDY))
+    said = [
+        last(tasks.caption(photo, [CAPTION], GREEDY)).error,
+        last(tasks.ask(photo, "Why?", [CAPTION], GREEDY)).error,
+        last(tasks.ask(photo, "Why?", [CAPTION], GREEDY, ["a", "b"])).error,
+        last(tasks.chat([[]], None, [CAPTION], GREEDY)).error,
+        final.note,
+        tasks.judge(Answer(CAPTION, Job("answer")), "up"),
+    ]
+    assert final.finished
+    codes = [text for text in said if "Something went wrong (code f0e1d2)" in text]
+    assert len(codes) == len(service.failures) == len(said)
+    assert "oops" not in "".join(said)
+
+
 def test_stop_ends_the_run_with_what_is_there(tasks: Tasks, service: FakeService, photo: Path) -> None:
     current = Current()
     outcomes = tasks.caption(photo, [CAPTION], GREEDY, current=current)
@@ -159,6 +214,29 @@ def test_stop_ends_the_run_with_what_is_there(tasks: Tasks, service: FakeService
     final = last(outcomes)
     assert (final.answers[0].text, final.answers[0].finish) == ("caption by", "cancelled")
     assert "stopped" in status_text(final.answers[0])
+
+
+def test_stop_before_the_run_is_in_the_queue_is_not_forgotten(tasks: Tasks, service: FakeService, photo: Path) -> None:
+    current = Current()
+    outcomes = tasks.caption(photo, [CAPTION], GREEDY, current=current)
+    next(outcomes)
+    current.stop()
+    final = last(outcomes)
+    assert service.made[0].cancelled.is_set()
+    assert (final.answers[0].text, final.answers[0].finish) == ("", "cancelled")
+    assert (
+        last(tasks.caption(photo, [CAPTION], GREEDY, current=current)).answers[0].finish == "stop"
+    )  # the next goes on
+
+
+def test_a_task_from_before_does_not_stop_the_one_after_it(tasks: Tasks, service: FakeService, photo: Path) -> None:
+    current = Current()
+    first, second = (tasks.caption(photo, [CAPTION], GREEDY, current=current) for _ in range(2))
+    next(first)
+    next(second)
+    next(second)
+    assert last(first).answers[0].finish == "cancelled"
+    assert last(second).answers[0].finish == "stop"
 
 
 def test_a_closed_page_frees_its_place(tasks: Tasks, service: FakeService, photo: Path) -> None:
@@ -217,10 +295,56 @@ def test_a_stopped_batch_keeps_what_is_done(tasks: Tasks, photo: Path) -> None:
     assert len(final.as_csv().splitlines()) == final.done + 1
 
 
-def test_a_batch_waits_for_its_turn(tasks: Tasks, service: FakeService, photo: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("app.tasks.time.sleep", lambda seconds: None)
+def test_stop_between_the_runs_of_a_batch_is_not_forgotten(
+    tasks: Tasks, service: FakeService, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While pictures are read there is no run to cancel, and the next one used to begin as if nothing had been said."""
+    current, read, count = Current(), tasks._read, itertools.count(1)
+
+    def reads(*what: Any) -> Image.Image:
+        if next(count) == AT_ONCE + 2:
+            current.stop()
+        return read(*what)
+
+    monkeypatch.setattr(tasks, "_read", reads)
+    final = last(tasks.files([photo] * (3 * AT_ONCE), CAPTION, GREEDY, current))
+    assert final.note == "Stopped."
+    assert final.done == AT_ONCE
+    assert next(count) == AT_ONCE + 3  # no picture after that was read
+    assert len(service.runs) == 1
+
+
+class Waits(threading.Event):
+    """Lets no time pass."""
+
+    waited = 0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        Waits.waited += 1
+        return self.is_set()
+
+
+def test_a_batch_waits_for_its_turn(
+    tasks: Tasks, service: FakeService, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.tasks.Event", Waits)
     service.busy = 2
     assert last(tasks.files([photo], CAPTION, GREEDY)).done == 1
+    assert Waits.waited == 2
+
+
+def test_stop_ends_the_wait_for_a_turn(tasks: Tasks, service: FakeService, photo: Path) -> None:
+    service.busy, current = 1000, Current()
+    states = tasks.files([photo], CAPTION, GREEDY, current)
+    next(states)
+    began = time.monotonic()
+    stopping = threading.Timer(0.2, current.stop)
+    stopping.start()
+    final = last(states)
+    stopping.join()
+    assert final.note == "Stopped."
+    assert time.monotonic() - began < 3  # the wait alone is 4 s
+    assert service.busy == 999
 
 
 def test_no_files_is_said(tasks: Tasks) -> None:
@@ -243,14 +367,6 @@ def test_everything_written_is_escaped() -> None:
     ):
         assert "<img" not in html
         assert "&lt;img" in html
-
-
-def test_chat_text_fetches_nothing() -> None:
-    """Markdown's pictures and HTML would make the browser call another host."""
-    shown = chat_text("see ![x](http://host/a.png) <img src='http://host/b.png'> **bold**")
-    assert "![" not in shown
-    assert "<" not in shown
-    assert "**bold**" in shown
 
 
 def test_a_turn_from_before_a_comparison_serves_both_sides() -> None:
@@ -283,6 +399,29 @@ def test_inside_needs_an_adapter(tasks: Tasks, photo: Path) -> None:
         tasks.inside(final.answers[1])
 
 
+def test_a_look_inside_that_waits_ends_with_the_next(tasks: Tasks, service: FakeService, photo: Path) -> None:
+    """Nobody sees what a closed page looked for, and it would keep the model."""
+    answer = last(tasks.caption(photo, [CAPTION], GREEDY)).answers[0]
+    found, current, looks = service.inside(answer.job, ""), Current(), []
+    service.inside = lambda job, text: looks.append(Future() if not looks else found) or looks[-1]
+    said = []
+
+    def look() -> None:
+        try:
+            tasks.inside(answer, current)
+        except ValueError as error:
+            said.append(str(error))
+
+    first = threading.Thread(target=look, daemon=True)
+    first.start()
+    while current._run is None:
+        time.sleep(0.01)
+    assert tasks.inside(answer, current).first_layer == 2
+    first.join(10)
+    assert said == ["This look inside was ended; open it again."]
+    assert looks[0].cancelled()
+
+
 @pytest.fixture(scope="module")
 def page() -> Any:
     from app.ui import build_page
@@ -301,6 +440,20 @@ def test_the_page_is_built_without_a_model(page: Any) -> None:
         "/chat": ["message", "messages", "image", "adapter", "strength", "settings"],
     }
     assert page.get_api_info()["unnamed_endpoints"] == {}
+
+
+def test_values_of_a_wrong_kind_are_refused_by_the_endpoints_in_a_sentence(page: Any, photo: Path) -> None:
+    import gradio as gr
+
+    endpoints = {block.api_name: block.fn for block in page.fns.values()}
+    with pytest.raises(gr.Error, match=r"Settings must be an object such as .*, got .*x"):
+        endpoints["caption"](photo, "caption", 1.0, "x")
+    with pytest.raises(gr.Error, match=r"The choices must be a list, got .*ab"):
+        endpoints["answer"](photo, "Which?", "ab", "caption", 1.0, None)
+    with pytest.raises(gr.Error, match="The messages must be a list, got 5"):
+        next(endpoints["chat"]("Hello", 5, None, AUTOMATIC, 1.0, {}))
+    answer = endpoints["answer"](photo, "Which?", ["a", "b"], "caption", 1.0, None)
+    assert (answer["text"], answer["index"]) == ("a", 0)
 
 
 def test_every_input_has_a_label(page: Any) -> None:
