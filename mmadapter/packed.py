@@ -16,20 +16,19 @@ from torch import Tensor, nn
 
 from mmadapter.llama import Llama
 
-ONLY_INFERENCE = "the base is packed for inference and has no gradient; load it with mmadapter.load to train on it"
 
+class FrozenLinear(nn.Module):
+    """A linear without bias whose weight is in the order of a kernel: it computes, and has no gradient.
 
-class PackedLinear(nn.Module):
-    """A frozen linear without bias.
-
-    Args:
-        weight: float32 or bfloat16 [O, I], on the CPU.
+    Attributes:
+        why: What is said where someone wants to train on it.
     """
+
+    why: str
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
 
     @property
     def weight(self) -> Tensor:
@@ -38,16 +37,34 @@ class PackedLinear(nn.Module):
         Raises:
             ValueError: Always.
         """
-        raise ValueError(ONLY_INFERENCE)
+        raise ValueError(self.why)
+
+    def refuse_gradient(self, x: Tensor) -> None:
+        """Raises ValueError where a gradient of an input is wanted."""
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(self.why)
+
+
+class PackedLinear(FrozenLinear):
+    """A linear for oneDNN.
+
+    Args:
+        weight: float32 or bfloat16 [O, I], on the CPU.
+    """
+
+    why = "the base is packed for inference and has no gradient; load it with mmadapter.load to train on it"
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O].
 
         Raises:
-            ValueError: A gradient is wanted, which the kernel does not have.
+            ValueError: A gradient is wanted.
         """
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(ONLY_INFERENCE)
+        self.refuse_gradient(x)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
 
 

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmadapter.llama import Llama
+from mmadapter.packed import FrozenLinear
 from mmadapter.weights import BaseWeights, load_state_dict
 
 FLOATS = ("float32", "bfloat16")
@@ -34,10 +35,6 @@ ACTIVATIONS = torch.bfloat16
 GROUP = 32  # inputs that share a scale and a zero in int4
 OUTPUTS = 16  # the int4 kernel takes multiples of so many outputs
 MANY = 64  # rows from which turning an int8 weight into bfloat16 and multiplying is faster than the int8 kernel
-ONLY_INFERENCE = (
-    "a base in int8 or int4 is for inference: its weights are packed and have no gradient; "
-    "load it with dtype float32 or bfloat16 to train on it"
-)
 
 
 def row_grid(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,8 +69,8 @@ def group_grid(weight: Tensor) -> tuple[Tensor, Tensor]:
     return q.to(torch.int32).view_as(weight), scales_and_zeros.transpose(0, 1).contiguous()
 
 
-class QuantisedLinear(nn.Module):
-    """A frozen linear without bias whose weight stays packed.
+class QuantisedLinear(FrozenLinear):
+    """A linear in 8 or 4 bits a weight.
 
     Args:
         weight: [O, I].
@@ -83,9 +80,13 @@ class QuantisedLinear(nn.Module):
         ValueError: The int4 kernel does not take this shape.
     """
 
+    why = (
+        "a base in int8 or int4 is for inference: its weights are packed and have no gradient; "
+        "load it with dtype float32 or bfloat16 to train on it"
+    )
+
     def __init__(self, weight: Tensor, bits: int) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
+        super().__init__(weight)
         self.bits = bits
         if bits == 4:
             if self.in_features % GROUP or self.out_features % OUTPUTS:
@@ -100,23 +101,13 @@ class QuantisedLinear(nn.Module):
         self.register_buffer("packed", packed)
         self.register_buffer("scales", scales)
 
-    @property
-    def weight(self) -> Tensor:
-        """There is none to read: what asks for it wants to train.
-
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError(ONLY_INFERENCE)
-
     def forward(self, x: Tensor) -> Tensor:
         """bfloat16 [..., I] -> bfloat16 [..., O].
 
         Raises:
-            ValueError: A gradient is wanted, which the kernels do not have.
+            ValueError: A gradient is wanted.
         """
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(ONLY_INFERENCE)
+        self.refuse_gradient(x)
         rows = x.reshape(-1, self.in_features).contiguous()  # [n, I]
         if self.bits == 4:
             y = torch._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, self.scales)  # [n, O]
