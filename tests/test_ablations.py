@@ -335,9 +335,9 @@ def test_the_shipped_run_file_adapts_the_papers_layers():
     config = read_config(ablations.RUN_FILE, {})
     assert (config.vision, config.tune, config.held_out, config.ema) == ("", "prompts", 1200, 0)
     assert [variant.name for variant in ablations.variants("overfitting", config)] == [
+        "epochs-0.25",
+        "epochs-0.5",
         "epochs-1",
-        "epochs-2",
-        "epochs-4",
     ]
 
 

@@ -37,7 +37,7 @@ Repeats an ablation of the LLaMA-Adapter paper on ScienceQA: a third, two thirds
 3), attention that starts at zero or at random (Table 4, Figure 7), or more epochs (Table 6). It writes the table
 (table.md), the loss curves (curves.png) and every run's figures (results.json). Stopped, it goes on with the same
 command. A run that is done may be copied from one ablation's folder to another's: with the shipped run file layers-30,
-zero-initialised and epochs-1 are the same.
+zero-initialised and epochs-0.25 are the same.
 """
 RUN_FILE = Path(__file__).resolve().parent / "configs" / "ablation.toml"
 SMOKE: dict[str, Any] = {
