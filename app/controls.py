@@ -47,7 +47,7 @@ def model_controls(tasks: Tasks, task: str) -> list[Component]:
             [("Nothing", NOBODY), *choices],
             value=NOBODY,
             label="Compare with",
-            info="Side by side.",
+            info="Side by side, in one batch.",
             filterable=False,
             elem_id=f"{task}-against",
         )
@@ -174,7 +174,7 @@ def judge_row(tasks: Tasks, outcome: gr.State) -> Callable[[Any], None]:
             container=False,
             max_lines=1,
         )
-    which = gr.Radio([("1", 0)], value=0, label="Judges answer", visible=False, elem_classes="judged")
+    which = gr.Radio([("1", 0)], value=0, label="Which answer to judge", visible=False, elem_classes="judged")
     said = gr.HTML(thanks(""), elem_classes="said")
     for verdict, event in (("up", up.click), ("down", down.click), (None, comment.submit)):
         event(judge(verdict), [outcome, comment, which], [said, comment], queue=False, **QUIET)
