@@ -99,8 +99,7 @@ def build_ask_tab(tasks: Tasks) -> None:
 
     def arrived(path: str | None, wanted: str, options: str, running: Any, *values: Any) -> Iterator[dict]:
         """Another picture: what was asked about the one before goes, and what is on its way is not shown."""
-        running.turn()
-        running.stop()
+        running.leave()
         hint = {result: HINT, outcome: None, stop: gr.Button(interactive=False)}
         yield hint | {asked: "", history: (), earlier: "", pending: ""}
         if path is not None and wanted:

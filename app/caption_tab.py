@@ -50,8 +50,7 @@ def build_caption_tab(tasks: Tasks) -> None:
 
     def arrived(path: str | None, *values: Any) -> Iterator[dict]:
         if path is None:
-            values[0].turn()  # what is still on its way is not shown
-            values[0].stop()
+            values[0].leave()
             yield {result: HINT, outcome: None, stop: gr.Button(interactive=False)}
         else:
             yield from write(path, *values)

@@ -155,8 +155,7 @@ def build_chat_tab(tasks: Tasks) -> None:
         yield from answer(before[: _turn(event.index)], str(event.value).replace(AS_WRITTEN, ""), values)
 
     def undo(event: gr.UndoData, before: Talk, running: Any, *model: Any) -> dict:
-        running.turn()
-        running.stop()
+        running.leave()
         turn = _turn(event.index)
         if turn >= len(before):
             return ended | {status: problem(GONE)}
@@ -167,8 +166,7 @@ def build_chat_tab(tasks: Tasks) -> None:
         yield from answer(before, event.value["text"], values)
 
     def forget(running: Any, *model: Any) -> dict:
-        running.turn()
-        running.stop()
+        running.leave()
         return ended | {talk: ()} | _shown(chatbots, (), controls.sides(*model))
 
     def compared(before: Talk, *model: Any) -> dict:

@@ -22,6 +22,7 @@ from app.outcome import AUTOMATIC, BASE, Answer, FileRow, Files, Outcome, Side
 from app.service import AdapterInfo, Busy, Failure, Job, Run, Service
 from app.uploads import Limits, read_upload
 from mmadapter.image import load_image
+from mmadapter.wording import task_sampling
 
 if TYPE_CHECKING:
     from mmadapter.inspection import Inside
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 AT_ONCE = 8  # files of a batch that are given to the service together
 MOST_FILES = 1000
 MOST_CAPTIONS = 5
+SLIDERS = ("temperature", "top_p", "max_new_tokens", "seed", "beams")
 VARIETY = 0.7  # temperature of the second caption and those after it: the likeliest one is there already
 PATIENCE = 120.0  # seconds that a batch of files waits for a place in the queue
 EXAMPLES = Path(__file__).resolve().parents[1] / "assets" / "images"
@@ -74,6 +76,11 @@ class Current:
         self.turns += 1
         return self.turns
 
+    def leave(self) -> None:
+        """Ends what is running, and what of it is still on its way is shown no more."""
+        self.turn()
+        self.stop()
+
     def __deepcopy__(self, memo: dict) -> Current:
         return Current()  # every session gets one of its own
 
@@ -118,14 +125,10 @@ class Tasks:
         raise ValueError(f"there is no adapter {name!r}; there are {', '.join(info.name for info in self.adapters)}")
 
     def defaults(self, task: str) -> dict[str, Any]:
-        """What the sliders of a task start at; of a chat, what its default adapter asks for."""
-        plain = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 30, "seed": 0, "beams": 1}
-        if task == "chat":
-            plain |= {"temperature": 0.1, "top_p": 0.75, "max_new_tokens": 256}
-        about = self.adapter(self.service.default[task]).about
-        if task == "chat" and about is not None and about.task == "instruct":
-            plain |= {name: value for name, value in about.generation.items() if name in plain and name != "beams"}
-        return plain
+        """What the sliders of a task start at; of a chat, what its default adapter asks for. One beam streams."""
+        about = self.adapter(self.service.default[task]).about if task == "chat" else None
+        sampling = task_sampling(about, task, {"beams": 1})
+        return {name: getattr(sampling, name) for name in SLIDERS}
 
     @_told
     def caption(

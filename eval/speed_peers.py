@@ -18,26 +18,13 @@ import torch
 
 from eval.speed_base import synchronize
 from eval.speed_rounds import Timed
+from mmadapter.weights.huggingface import stored_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mmadapter.llama import Llama
 
-NAMES = {
-    "tok_embeddings": "model.embed_tokens",
-    "output": "lm_head",
-    "norm": "model.norm",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
 PACKAGES = {"transformers": "transformers", "peft": "peft", "llama_cpp": "llama-cpp-python", "kernels": "kernels"}
 
 
@@ -54,15 +41,6 @@ def require(name: str) -> ModuleType:
     if importlib.util.find_spec(name) is None:
         raise Absent(f"the package {PACKAGES[name]} is not installed")
     return importlib.import_module(name)
-
-
-def their_name(name: str) -> str:
-    """Hugging Face's name of one of our tensors."""
-    part, layer = name.removesuffix(".weight"), ""
-    if part.startswith("layers."):
-        _, number, part = part.split(".", 2)
-        layer = f"model.layers.{number}."
-    return f"{layer}{NAMES[part]}.weight"
 
 
 def transformers_model(llama: Llama) -> nn.Module:
@@ -91,7 +69,7 @@ def transformers_model(llama: Llama) -> nn.Module:
     )
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
-    state = {their_name(name): tensor for name, tensor in llama.state_dict().items()}
+    state = {stored_name(name): tensor for name, tensor in llama.state_dict().items()}
     if base.tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, strict=True, assign=True)

@@ -39,6 +39,7 @@ def beam_search(
     cache, valid, logits = prefill(llama, rows, max(limits, default=0), prompts)
     V = logits.shape[-1]
     stops = torch.tensor(sorted(stop_ids), device=llama.device, dtype=torch.long)
+    most = W * (len(stops) + 1)  # a beam has a candidate for each stop token: of so many at least W go on
     finished: list[list[tuple[float, list[int]]]] = [[] for _ in rows]  # best first, W at most
     live = [[[] for _ in range(W)] for _ in rows]  # the tokens of each row's beams, best first
     active = list(range(len(rows)))
@@ -54,8 +55,6 @@ def beam_search(
         logits = penalised(
             logits, [[*rows[row], *beam] for row in active for beam in live[row]], sampling.repetition_penalty
         )
-        # Every beam has a candidate for each stop token: of W for each stop and W more, at least W go on.
-        most = W * (len(stops) + 1)
         values, tokens = top_tokens(logits, min(most, V))  # [B * W, candidates of a beam]
         each = tokens.shape[1]
         highest = values[:, :1]

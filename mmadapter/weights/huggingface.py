@@ -287,6 +287,14 @@ def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def stored_name(canonical: str) -> str:
+    """Hugging Face's name of one of our tensors."""
+    if canonical.startswith("layers."):
+        _, layer, rest = canonical.split(".", 2)
+        return f"{LAYER_PREFIX}{layer}.{next(theirs for theirs, ours in LAYER_NAMES.items() if ours == rest)}"
+    return next(theirs for theirs, ours in NAMES.items() if ours == canonical)
+
+
 def _canonical(stored: str) -> str:
     """Our name of a tensor; a name that is not known stays, and the check of names will name it."""
     if stored in NAMES:
