@@ -20,6 +20,7 @@ from mmadapter.adapter import Adapter
 from mmadapter.config import AdapterConfig, LlamaConfig
 from mmadapter.info import SHAPES
 from mmadapter.llama import Llama
+from mmadapter.memory import keep_freed_memory
 from mmadapter.options import resolve_dtype
 from mmadapter.packed import pack
 from mmadapter.session import Session, load
@@ -124,12 +125,13 @@ class Base:
         return self._sessions[dtype]
 
     def answering(self, dtype: str) -> Session:
-        """The same base as the command line and the app have it: its linears packed where they can be.
+        """The same base as the command line and the app have it (`options.load_session`), its linears packed.
 
         Raises:
             ValueError, FileNotFoundError, ConnectionError: As `session`.
         """
         if dtype not in self._answering:
+            keep_freed_memory()
             session = copy.copy(self.session(dtype))
             if dtype in FLOATS:
                 session.llama = Llama.from_state_dict(self.config, session.llama.state_dict())

@@ -5,7 +5,7 @@ For an adapted layer with prompt P_l [K, C], image token I [B, C], rotated query
     P      = P_l + I                                                       (Eq. 10)
     out    = softmax(q k^T / sqrt(D)) v + phi(g) * softmax(q k_p^T / sqrt(D)) v_p,   k_p, v_p = W_k P, W_v P
 
-The second term is `PromptKV.attend`; `Adapter.prompts` makes k_p, v_p and phi(g) once, for as long as adapter and
+The second term is `PromptKV.add`'s; `Adapter.prompts` makes k_p, v_p and phi(g) once, for as long as adapter and
 image stay the same. An adapter may also tune the base's linears and norms (`tuning`).
 
 Shapes: B batch, T tokens, C width, H query heads, G key/value heads, D head width, N layers, L adapted layers,
@@ -31,50 +31,78 @@ from mmadapter.vision import ImageProjection
 class PromptKV:
     """One layer's adaption prompts as attention sees them. A dimension B may be 1: all rows share it.
 
+    An image adds the same W_v I to each of the K values, and weights of a softmax sum to 1, so it adds W_v I to their
+    mean, too. Kept by itself it leaves keys and values that a whole batch of images shares.
+
     Attributes:
         key: [B, G, K, D].
         value: [B, G, K, D].
         gate: phi(g) times the strength, [B, H].
         mask: True where a row has a prompt, [B, K]; None where all rows have all K.
+        image: What each row's image adds to its values, [B, G, 1, D]; None where `value` has it.
     """
 
     key: Tensor
     value: Tensor
     gate: Tensor
     mask: Tensor | None = None
+    image: Tensor | None = None
 
-    def attend(self, q: Tensor) -> Tensor:
-        """phi(g) * softmax(q k_p^T / sqrt(D)) v_p, a softmax of its own beside the text's (Eq. 7).
+    @property
+    def batch(self) -> int:
+        """How many rows these are for; 1 fits any number."""
+        return max(len(tensor) for tensor in (self.key, self.gate, self.image) if tensor is not None)
+
+    @property
+    def values(self) -> Tensor:
+        """The values with what the images add, [B, G, K, D]."""
+        return self.value if self.image is None else self.value + self.image
+
+    def add(self, out: Tensor, q: Tensor) -> Tensor:
+        """out + phi(g) * softmax(q k_p^T / sqrt(D)) v_p, a softmax of its own beside the text's (Eq. 7).
 
         Args:
+            out: What attention over the text gave, [B, H, T, D].
             q: Rotated queries, [B, H, T, D]. Head h reads key/value head h // (H / G).
 
         Returns:
             [B, H, T, D].
         """
         B, H, T, D = q.shape
-        G, K = self.key.shape[1:3]
-        if T == 1:  # one kernel in place of several, as `llama.attend`
-            shape, mask = (B, G, K, D), None if self.mask is None else self.mask[:, None, None, :]
-            out = F.scaled_dot_product_attention(
-                q.reshape(B, G, H // G, D), self.key.expand(shape), self.value.expand(shape), attn_mask=mask
-            )
-            return self.gate[:, :, None, None] * out.view(B, H, 1, D)
+        G = self.key.shape[1]
+        gate = self.gate[:, :, None, None]  # [1 or B, H, 1, 1]
+        if T > 1:
+            return out + self._attend_many(q, gate)
+        # As in `llama.attend`, one kernel in place of several. Where all rows share the prompts they are rows of one.
+        q = q.reshape(B, G, H // G, D)
+        if len(self.key) == 1 and self.mask is None:
+            rows = q.transpose(0, 1).reshape(1, G, -1, D)  # [1, G, B * H/G, D]
+            seen = F.scaled_dot_product_attention(rows, self.key, self.value).view(G, B, H // G, D).transpose(0, 1)
+        else:
+            mask = None if self.mask is None else self.mask[:, None, None, :]
+            shape = (B, *self.key.shape[1:])
+            seen = F.scaled_dot_product_attention(q, self.key.expand(shape), self.value.expand(shape), attn_mask=mask)
+        if self.image is not None:
+            seen = seen + self.image
+        return torch.addcmul(out, seen.reshape(B, H, 1, D), gate)
+
+    def _attend_many(self, q: Tensor, gate: Tensor) -> Tensor:
+        """The gated softmax for several queries a row, [B, H, T, D] -> [B, H, T, D]."""
+        B, H, T, D = q.shape
+        G = self.key.shape[1]
         scores = q.reshape(B, G, H // G * T, D) @ (self.key * D**-0.5).transpose(2, 3)  # [B, G, H/G * T, K]
         if self.mask is not None:
             scores = scores.masked_fill(~self.mask[:, None, None, :], float("-inf"))
-        weights = F.softmax(scores, dim=-1).view(B, H, T, -1)
-        gated = self.gate[:, :, None, None] * weights  # narrower than the values
-        return (gated.view(B, G, H // G * T, -1) @ self.value).view(B, H, T, D)
+        weights = gate * F.softmax(scores, dim=-1).view(B, H, T, -1)  # narrower than the values
+        return (weights.view(B, G, H // G * T, -1) @ self.values).view(B, H, T, D)
 
     def select(self, rows: Tensor) -> PromptKV:
         """The rows of index `rows` [B']; what all rows share stays shared."""
 
-        def pick(tensor: Tensor) -> Tensor:
-            return tensor if tensor.shape[0] == 1 else tensor[rows]
+        def pick(tensor: Tensor | None) -> Tensor | None:
+            return tensor if tensor is None or len(tensor) == 1 else tensor[rows]
 
-        mask = None if self.mask is None else pick(self.mask)
-        return PromptKV(pick(self.key), pick(self.value), pick(self.gate), mask)
+        return PromptKV(*(pick(tensor) for tensor in (self.key, self.value, self.gate, self.mask, self.image)))
 
 
 @dataclass(frozen=True)
@@ -94,9 +122,8 @@ class Prompts:
     @property
     def batch(self) -> int:
         """How many rows these are for; 1 fits any number."""
-        tensors = [part for layer in self.layers if layer is not None for part in (layer.key, layer.value, layer.gate)]
-        tensors += [] if self.norm is None else [self.norm]  # the norm's stands for all of the tuning
-        return max(map(len, tensors), default=1)
+        batches = [layer.batch for layer in self.layers if layer is not None]
+        return max([*batches, 1 if self.norm is None else len(self.norm)])  # the norm stands for all of the tuning
 
 
 class Adapter(nn.Module):
@@ -164,8 +191,10 @@ class Adapter(nn.Module):
         for block, prompt, gate, tuned_by in zip(
             llama.layers[first:], self.prompt.to(llama.dtype), gates, tuning[first:], strict=True
         ):
-            key, value = block.prompt_keys_values(prompt, token, tuned_by)
-            layers.append(PromptKV(key, value, gate[None]))
+            key, value, image = block.prompt_keys_values(prompt, token, tuned_by)
+            layer = PromptKV(key, value, gate[None], image=image)
+            one = image is not None and len(image) == 1  # then there is nothing to share
+            layers.append(PromptKV(key, layer.values, layer.gate) if one else layer)
         return Prompts(tuple(layers), tuning, norm)
 
     forward = prompts  # what wraps a module, such as DistributedDataParallel, sees calls of `forward` alone
@@ -214,7 +243,7 @@ def _stack_layer(rows: Sequence[PromptKV | None]) -> PromptKV | None:
         else:
             missing = K - row.key.shape[2]
             keys.append(F.pad(row.key, (0, 0, 0, missing)))
-            values.append(F.pad(row.value, (0, 0, 0, missing)))
+            values.append(F.pad(row.values, (0, 0, 0, missing)))
             gates.append(row.gate)
             visible = (
                 torch.ones(1, K - missing, dtype=torch.bool, device=row.key.device) if row.mask is None else row.mask

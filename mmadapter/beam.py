@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from threading import Event
 
 import torch
+from torch import Tensor
 
 from mmadapter.adapter import Prompts, select_prompts
 from mmadapter.llama import Llama
 from mmadapter.sampling import Sampling, longer, penalised, prefill, row_limits, top_tokens
+
+LINES = 16  # whose logits are looked at together
 
 
 def beam_search(
@@ -52,14 +55,10 @@ def beam_search(
     for length in range(1, max(limits) + 1):
         if cancelled is not None and cancelled.is_set():
             break
-        logits = penalised(
-            logits, [[*rows[row], *beam] for row in active for beam in live[row]], sampling.repetition_penalty
-        )
-        values, tokens = top_tokens(logits, min(most, V))  # [B * W, candidates of a beam]
+        seen = [[*rows[row], *beam] for row in active for beam in live[row]]
+        values, tokens = _candidates(logits, seen, sampling.repetition_penalty, min(most, V))
         each = tokens.shape[1]
-        highest = values[:, :1]
-        normaliser = highest + logits.sub_(highest).exp_().sum(-1, keepdim=True).log()  # logsumexp, in the same memory
-        total = scores.view(-1, 1) + values - normaliser
+        total = scores.view(-1, 1) + values  # [B * W, candidates of a beam]
         best, index = total.view(len(active), -1).topk(min(most, W * each), dim=-1)  # [B, candidates of a row]
         chosen = tokens.view(len(active), -1).gather(1, index)
         stopped = torch.isin(chosen, stops).tolist()
@@ -95,5 +94,27 @@ def beam_search(
             valid = None if valid is None else valid[lines]
         valid = longer(valid)
         step = torch.tensor(next_tokens, device=llama.device)[:, None]  # [B * W, 1]
-        logits = llama.logits(llama.hidden(step, prompts=prompts, cache=cache, valid=valid)[:, -1])
+        logits = llama.raw_logits(llama.hidden(step, prompts=prompts, cache=cache, valid=valid)[:, -1])
     return [(found[0][1], True) if found else (beams[0], False) for found, beams in zip(finished, live, strict=True)]
+
+
+def _candidates(
+    logits: Tensor, seen: Sequence[list[int]], repetition_penalty: float, count: int
+) -> tuple[Tensor, Tensor]:
+    """The largest `count` log-probabilities of each line, float32, and their token ids, both [n, count], largest first.
+
+    A few lines at a time, so that their float32 logits stay in the cache of a CPU.
+
+    Args:
+        logits: [n, V]; float32 ones are overwritten.
+        seen: Tokens that each line has had.
+    """
+    found = []
+    for start in range(0, len(logits), LINES):
+        part = penalised(logits[start : start + LINES].float(), seen[start : start + LINES], repetition_penalty)
+        values, tokens = top_tokens(part, count)
+        highest = values[:, :1]
+        normaliser = highest + part.sub_(highest).exp_().sum(-1, keepdim=True).log()  # logsumexp, in the same memory
+        found.append((values - normaliser, tokens))
+    values, tokens = zip(*found, strict=True)
+    return torch.cat(values), torch.cat(tokens)

@@ -107,11 +107,11 @@ class _Watched:
         self.queries: Tensor | None = None
         self.added: Tensor | None = None
 
-    def attend(self, q: Tensor) -> Tensor:
-        """As `PromptKV.attend`: [1, H, S, D] -> [1, H, S, D]."""
-        out = self.prompt.attend(q)
-        self.queries, self.added = q[:, :, self.first :], out[:, :, self.first :]
-        return out
+    def add(self, out: Tensor, q: Tensor) -> Tensor:
+        """As `PromptKV.add`: twice [1, H, S, D] -> [1, H, S, D]."""
+        added = self.prompt.add(torch.zeros_like(out), q)
+        self.queries, self.added = q[:, :, self.first :], added[:, :, self.first :]
+        return out + added
 
 
 def _prompt_share(layer: _Watched, cache: KVCache, index: int) -> float:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mmadapter.adapter import PromptKV, Prompts
 
 SHORT = 256  # keys up to which attention holds its scores in memory
+MANY = 16  # rows from which on decoding computes their attention as one batch of products
 
 
 def rope_table(config: LlamaConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -55,8 +56,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v with grouped queries: head h reads key/value head h // (H / G).
 
     Up to `SHORT` keys it is two matrix products; beyond, torch's blocked kernel, which never holds the T by S scores
-    but takes several times longer on short rows. For one query, decoding, it is the faster one at any length: in
-    bfloat16 on a CPU a fifth of the step.
+    but takes several times longer on short rows. For one query, decoding, it is the faster one, but for many short rows
+    on a CPU: there two products in float32 take half its time.
 
     Args:
         q: [B, H, T, D].
@@ -69,7 +70,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     B, H, T, D = q.shape
     G, S = k.shape[1:3]
     if T == 1:  # the queries of a group are rows of one head, which saves the repeating of keys
-        return F.scaled_dot_product_attention(q.reshape(B, G, H // G, D), k, v, attn_mask=mask).view(B, H, 1, D)
+        q = q.reshape(B, G, H // G, D)
+        if B < MANY or S > SHORT or q.device.type != "cpu":
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, H, 1, D)
+        scores = (q * D**-0.5).float() @ k.float().transpose(2, 3)  # [B, G, H / G, S]
+        if mask is not None:
+            scores.masked_fill_(~mask, float("-inf"))
+        return (F.softmax(scores, dim=-1) @ v.float()).to(v.dtype).view(B, H, 1, D)
     if S > SHORT:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=H > G
@@ -113,11 +120,16 @@ class KVCache:
         What stays where it is is not copied, and new memory is taken only where there are more rows than before.
         """
         more = len(rows) > self.keys.shape[1]
-        moved = slice(None) if more else (rows != torch.arange(len(rows), device=rows.device)).nonzero().flatten()
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().flatten()
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = old.new_empty((len(old), len(rows), *old.shape[2:])) if more else old[:, : len(rows)]
-            new[:, moved, :, : self.length] = old[:, rows[moved], :, : self.length]
+            if more:
+                new = old.new_empty((len(old), len(rows), *old.shape[2:]))
+                new[:, :, :, : self.length] = old[:, rows, :, : self.length]
+            else:
+                new = old[:, : len(rows)]
+                for source, target in zip(old[:, :, :, : self.length], new[:, :, :, : self.length], strict=True):
+                    target.index_copy_(0, moved, source.index_select(0, rows[moved]))
             setattr(self, name, new)
 
 
@@ -199,17 +211,22 @@ class Attention(nn.Module):
             tuning: Of this layer's linears and norms.
         """
         B, T, _ = x.shape
-        q = tuned(self.wq(x), tuning.wq).view(B, T, self.heads, self.head_width).transpose(1, 2)  # [B, H, T, D]
-        k = tuned(self.wk(x), tuning.wk).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)  # [B, G, T, D]
-        v = tuned(self.wv(x), tuning.wv).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)  # [B, G, T, D]
-        q, k = rotate(q, rope), rotate(k, rope)
+        q, k, v = self.project(x, rope, tuning)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # [B, G, S, D]
         out = attend(q, k, v, mask)  # [B, H, T, D]
         if prompt is not None:
-            out = out + prompt.attend(q)
+            out = prompt.add(out, q)
         out = out.transpose(1, 2).reshape(B, T, self.heads * self.head_width)
         return tuned(self.wo(out), tuning.wo)  # [B, T, C]
+
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor], tuning: LayerTuning) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [B, H, T, D], rotated keys and values [B, G, T, D] of [B, T, C]."""
+        B, T, _ = x.shape
+        q = tuned(self.wq(x), tuning.wq).view(B, T, self.heads, self.head_width).transpose(1, 2)  # [B, H, T, D]
+        k = tuned(self.wk(x), tuning.wk).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)  # [B, G, T, D]
+        v = tuned(self.wv(x), tuning.wv).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)  # [B, G, T, D]
+        return rotate(q, rope), rotate(k, rope), v
 
 
 class FeedForward(nn.Module):
@@ -222,8 +239,12 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.width, config.hidden_width, bias=False)
 
     def forward(self, x: Tensor, tuning: LayerTuning) -> Tensor:
-        inner = F.silu(tuned(self.w1(x), tuning.w1)) * tuned(self.w3(x), tuning.w3)
-        return tuned(self.w2(inner), tuning.w2)  # [B, T, C]
+        gate, up = self.project(x, tuning)
+        return tuned(self.w2(F.silu(gate) * up), tuning.w2)  # [B, T, C]
+
+    def project(self, x: Tensor, tuning: LayerTuning) -> tuple[Tensor, Tensor]:
+        """What goes through SiLU and what that is multiplied with, both [B, T, hidden width]."""
+        return tuned(self.w1(x), tuning.w1), tuned(self.w3(x), tuning.w3)
 
 
 class Block(nn.Module):
@@ -249,7 +270,9 @@ class Block(nn.Module):
         x = x + self.attention(normed, layer, rope, mask, cache, prompt, tuning)
         return x + self.feed_forward(self.ffn_norm(x, tuning.ffn_norm), tuning)
 
-    def prompt_keys_values(self, prompt: Tensor, token: Tensor | None, tuning: LayerTuning) -> tuple[Tensor, Tensor]:
+    def prompt_keys_values(
+        self, prompt: Tensor, token: Tensor | None, tuning: LayerTuning
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values of adaption prompts: W_k (P + I) but for what no softmax sees, and W_v (P + I).
 
         W_v is linear, so W_v (P + I) = W_v P + W_v I: K + B rows instead of K * B. W_k I would add q . W_k I to all K
@@ -261,18 +284,19 @@ class Block(nn.Module):
             token: Image token I, [B, C]; None for text.
 
         Returns:
-            Keys [1, G, K, D] and values [1, G, K, D] or, with images, [B, G, K, D].
+            Keys W_k P and values W_v P, both [1, G, K, D], and what an image adds to each of its values, W_v I,
+            [B, G, 1, D]; None for text.
         """
         G, D = self.attention.kv_heads, self.attention.head_width
         prompt = prompt[None]  # [1, K, C]
         key = tuned(self.attention.wk(prompt), tuning.wk).view(1, -1, G, D).transpose(1, 2)  # [1, G, K, D]
         value = tuned(self.attention.wv(prompt), tuning.wv).view(1, -1, G, D).transpose(1, 2)  # [1, G, K, D]
-        if token is not None:
-            seen = self.attention.wv(token)[:, None]  # [B, 1, G * D]
-            if tuning.wv is not None:
-                seen = tuning.wv.scale * seen
-            value = value + seen.view(-1, G, 1, D)  # [B, G, K, D]
-        return key, value
+        if token is None:
+            return key, value, None
+        seen = self.attention.wv(token)[:, None]  # [B, 1, G * D]
+        if tuning.wv is not None:
+            seen = tuning.wv.scale * seen
+        return key, value, seen.view(-1, G, 1, D)
 
 
 class Llama(nn.Module):
@@ -327,8 +351,11 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., C] -> float32 [..., V]."""
-        logits = F.linear(hidden, self.output_weight) if self.output is None else self.output(hidden)
-        return logits.float()
+        return self.raw_logits(hidden).float()
+
+    def raw_logits(self, hidden: Tensor) -> Tensor:
+        """As `logits`, in the model's own number format."""
+        return F.linear(hidden, self.output_weight) if self.output is None else self.output(hidden)
 
     def hidden(
         self,

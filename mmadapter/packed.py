@@ -1,8 +1,9 @@
 """The linears of a base in float32 or bfloat16 in the order that the CPU's kernels read best (oneDNN), for inference.
 
 torch hands a linear's rows to oneDNN as they are, which then puts them in its own order at every call. Where few tokens
-are computed at once, as in decoding, that is a good part of the time; here it is done once. The results are those of
-`nn.Linear`, but for the order of sums in float32. Adapters work on a packed base as on any other.
+are computed at once, as in decoding, that is a good part of the time; here it is done once, and linears that read the
+same input become one (`joined`). The results are those of `nn.Linear`, but for the order of sums in float32. Adapters
+work on a packed base as on any other.
 
 Shapes: I inputs and O outputs of a linear.
 """
@@ -14,6 +15,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from mmadapter.joined import PARTS, JoinedAttention, JoinedFeedForward
 from mmadapter.llama import Llama
 
 
@@ -75,13 +77,21 @@ def pack(llama: Llama) -> bool:
     """
     if llama.device.type != "cpu" or not can_pack(llama.dtype):
         return False
-    for module in list(llama.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
-                setattr(module, name, PackedLinear(child.weight))
-    if llama.output is None:
-        llama.output = PackedLinear(llama.tok_embeddings.weight)
+    for block in llama.layers:
+        if isinstance(block.attention, JoinedAttention):  # quantised, or packed before
+            return True
+        block.attention = _packed(block.attention, JoinedAttention(llama.config))
+        block.feed_forward = _packed(block.feed_forward, JoinedFeedForward(llama.config))
+    llama.output = PackedLinear(llama.output_weight)
     return True
+
+
+def _packed(plain: nn.Module, joined: nn.Module) -> nn.Module:
+    """The joined module with the plain one's weights."""
+    for name in list(joined._modules):
+        parts = [getattr(plain, part).weight for part in PARTS.get(name, (name,))]
+        setattr(joined, name, PackedLinear(torch.cat(parts)))
+    return joined
 
 
 @functools.cache

@@ -11,7 +11,8 @@ are bfloat16, the one number format in which these kernels are fast.
   memory serves both, and the GGUF of the default base keeps 8 bits there, too.
 
 What quantises a weight, `row_grid` and `group_grid`, is plain torch. `quantised_llama` builds a `Llama` whose linears
-are `QuantisedLinear`; the model file knows nothing of it, and adapters work on it as on any other base.
+are `QuantisedLinear`, joined where they read the same input; the model file knows nothing of it, and adapters work on
+it as on any other base.
 
 Shapes: C width, V vocabulary, I inputs and O outputs of a linear.
 """
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmadapter.joined import PARTS, JoinedAttention, JoinedFeedForward
 from mmadapter.llama import Llama
 from mmadapter.packed import FrozenLinear
 from mmadapter.weights import BaseWeights, load_state_dict
@@ -136,7 +138,7 @@ class QuantisedEmbedding(nn.Module):
 
 
 def quantised_llama(weights: BaseWeights, name: str) -> Llama:
-    """A frozen model in int8 or int4; its tensors are read and packed one at a time.
+    """A frozen model in int8 or int4; its tensors are read and packed a few at a time.
 
     Args:
         name: "int8" or "int4".
@@ -150,20 +152,30 @@ def quantised_llama(weights: BaseWeights, name: str) -> Llama:
     check_kernel(name)
     with torch.device("meta"):
         model = Llama(weights.config)
+    missing = list(model.state_dict())
+    for block in model.layers:
+        block.attention, block.feed_forward = JoinedAttention(weights.config), JoinedFeedForward(weights.config)
+    waiting: dict[str, Tensor] = {}  # parts of a joined linear until the last of them comes
     for tensor_name, tensor in weights.tensors():
+        missing.remove(tensor_name)
         path, _, leaf = tensor_name.rpartition(".")
-        parent = model.get_submodule(path.rpartition(".")[0])
-        last = path.rpartition(".")[2]
+        owner, _, last = path.rpartition(".")
+        parent = model.get_submodule(owner)
+        whole = next((whole for whole, parts in PARTS.items() if last in parts), None)
         if path == "tok_embeddings":
             table = QuantisedLinear(tensor, 8)
             model.tok_embeddings = QuantisedEmbedding(table)
             if weights.config.tied:
                 model.output = table
+        elif whole is not None:
+            waiting[path] = tensor
+            parts = [f"{owner}.{part}" for part in PARTS[whole]]
+            if all(part in waiting for part in parts):
+                setattr(parent, whole, QuantisedLinear(torch.cat([waiting.pop(part) for part in parts]), BITS[name]))
         elif isinstance(getattr(parent, last), nn.Linear):
             setattr(parent, last, QuantisedLinear(tensor, 8 if path == "output" else BITS[name]))
         else:
             setattr(getattr(parent, last), leaf, nn.Parameter(tensor.to(ACTIVATIONS)))
-    missing = [key for key, tensor in model.state_dict().items() if tensor.is_meta]
     if missing:
         raise ValueError(f"{weights.path} lacks {len(missing)} tensors of the model, such as {missing[0]}")
     return model.requires_grad_(False).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 
@@ -39,7 +40,7 @@ def all_prompts(llama: Llama) -> list[Prompts | None]:
 
 
 def half_as_strong(layer: PromptKV | None) -> PromptKV | None:
-    return None if layer is None else PromptKV(layer.key, layer.value, 0.5 * layer.gate, layer.mask)
+    return None if layer is None else dataclasses.replace(layer, gate=0.5 * layer.gate)
 
 
 def alone(llama: Llama, row: Sequence[int], sampling: Sampling, prompts: Prompts | None) -> tuple[str, int, str]:

@@ -311,6 +311,14 @@ def test_beam_search_equals_a_slow_one(beams, length_penalty, penalty, kind):
     assert beam_search(llama, ROWS, sampling, STOPS, prompts) == expected
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_beam_search_over_many_lines_equals_a_slow_one(kind, monkeypatch):
+    """As for a hundred lines, their attention is one batch of products and their logits are looked at in parts."""
+    monkeypatch.setattr("mmadapter.llama.MANY", 2)
+    monkeypatch.setattr("mmadapter.beam.LINES", 5)
+    test_beam_search_equals_a_slow_one(3, 1.0, 1.5, kind)
+
+
 @pytest.mark.parametrize("stops", [frozenset(), frozenset({22}), frozenset(range(10, 23))])
 def test_beam_search_with_any_number_of_stop_tokens(stops):
     """With several stop tokens, more than half of the 2 W best continuations may be stops: too few beams went on."""

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mmadapter import packed as packed_module
+from mmadapter.adapter import select_prompts
 from mmadapter.llama import Llama
 from mmadapter.model import AdaptedLlama
 from mmadapter.packed import PackedLinear, can_pack, pack
@@ -42,6 +43,34 @@ def test_a_packed_model_gives_the_same_logits(shape: object, tune: str) -> None:
     assert not any(isinstance(module, nn.Linear) for module in llama.modules())
     torch.testing.assert_close(llama(tokens), base)
     torch.testing.assert_close(llama(tokens, prompts=adapter.prompts(llama, tiny.features(2))), expected)
+
+
+@pytest.mark.parametrize("tune", ["prompts", "prompts+bias+scale+norm"])
+@torch.inference_mode()
+def test_a_packed_model_decodes_as_the_plain_one(tune: str) -> None:
+    """A token at a time, with images: keys and values in the cache, and one of two rows taken twice on the way."""
+    llama, tokens = tiny.llama(), tiny.tokens(2, 6)
+    other = Llama.from_state_dict(llama.config, llama.state_dict())
+    adapter = tiny.adapter(llama.config, image=True, tune=tune)
+    assert pack(other)
+    found = []
+    for model in (llama, other):
+        prompts, cache = adapter.prompts(model, tiny.features(2)), model.new_cache(2, 6)
+        steps = [model(token, prompts=prompts, cache=cache) for token in tokens[:, :4].split(1, dim=1)]
+        rows = torch.tensor([1, 1])
+        cache.select(rows)
+        prompts = select_prompts(prompts, rows)
+        steps += [model(token, prompts=prompts, cache=cache) for token in tokens[rows, 4:].split(1, dim=1)]
+        found.append(torch.cat(steps, dim=1))
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_packing_twice_is_packing_once() -> None:
+    llama = tiny.llama()
+    assert pack(llama)
+    attention = llama.layers[0].attention
+    assert pack(llama)
+    assert llama.layers[0].attention is attention
 
 
 def test_a_packed_model_shares_what_is_no_linear_and_leaves_the_other_alone() -> None:
@@ -88,4 +117,4 @@ def test_the_command_line_packs() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mmadapter, "load", load)
         assert load_session(plain) is loaded[0]
-    assert isinstance(loaded[0].llama.layers[0].feed_forward.w1, PackedLinear)
+    assert isinstance(loaded[0].llama.layers[0].feed_forward.w13, PackedLinear)
