@@ -8,14 +8,13 @@ from typing import Any
 import gradio as gr
 
 from app import controls
-from app.outcome import Outcome
 from app.picture import opener, picture_input, sample_buttons
+from app.questions import Asked, View, ask
 from app.render import empty, outcome_html
 from app.tasks import Tasks, examples
 
 HINT = empty("Answers appear here", "Choose a picture and ask; it stays for the next question.")
 QUESTIONS = ("What is in this picture?", "What color is it?", "Is there a person?")
-KEPT = 30  # earlier questions that stay on the page
 
 
 def build_ask_tab(tasks: Tasks) -> None:
@@ -25,8 +24,8 @@ def build_ask_tab(tasks: Tasks) -> None:
             picture = picture_input("Picture to ask about", elem_id="ask-picture")
             sample_buttons(picture)
         with gr.Column(scale=6, min_width=300):
-            current, outcome, asked = controls.new_current(), gr.State(None), gr.State("")
-            history = gr.State(())  # (question, outcome) of what stands below the answer, the latest first
+            current, outcome, latest = controls.new_current(), gr.State(None), gr.State(None)
+            history = gr.State(())  # what stands below the answer, the latest first
             pending = gr.State("")  # what is asked as soon as the picture is there
             question = gr.Textbox(
                 "",
@@ -57,56 +56,54 @@ def build_ask_tab(tasks: Tasks) -> None:
     with gr.Accordion("Settings", open=False):
         decoding = controls.decoding_controls(tasks, "answer")
     looking = controls.inside_panel(tasks, outcome)
-    panel = controls.Panel(result, outcome, stop, current)
+    panel = controls.Panel(result, outcome, stop)
 
     def write(
         path: str | None,
         text: str,
         options: str,
-        before: tuple,
-        last: tuple[str, Outcome | None],
+        before: tuple[Asked, ...],
+        last: Asked | None,
         running: Any,
         *values: Any,
     ) -> Iterator[dict]:
         who, how = controls.sides(*values[:4]), controls.settings(*values[4:])
-        outcomes = tasks.ask(path, text, who, how, options.splitlines(), running)
-        first = True
-        for update in panel.show(outcomes, running, text.strip()):
-            if outcome not in update:
-                yield update
-                return
-            failed = bool(update[outcome].error)
-            if first and not failed:
-                first = False
-                if last and last[1] is not None and last[1].answers:
-                    before = (last, *before)[:KEPT]
-                update |= {question: "", history: before, earlier: _earlier(before)}
-            elif failed and not first:
-                update |= {question: text}  # to be asked again
-            yield update | {asked: (text.strip(), None if failed else update[outcome])}
+        views = ask(tasks, path, text, options.splitlines(), who, how, running, before, last)
+        yield from map(shown, views)
+
+    def shown(view: View) -> dict:
+        """What to change on the page."""
+        if view.latest is None:
+            return controls.unchanged(stop)
+        update = panel.shown(view.outcome, view.latest.question) | {latest: view.latest}
+        if view.field is not None:
+            update[question] = view.field
+        if view.earlier is not None:
+            update |= {history: view.earlier, earlier: _earlier(view.earlier)}
+        return update
 
     def asker(text: str) -> Callable[..., Iterator[dict]]:
         """One click asks; without a picture, about the first of the samples."""
 
-        def ask(path: str | None, _: str, *values: Any) -> Iterator[dict]:
+        def clicked(path: str | None, _: str, *values: Any) -> Iterator[dict]:
             if path is None and examples():
                 yield {picture: opener(examples()[0])(), question: text, pending: text}
-                yield {question: text}  # Gradio sends the last update twice, and the picture would arrive twice
+                yield controls.unchanged(question)  # or the picture would arrive twice
             else:
                 yield from write(path, text, *values)
 
-        return ask
+        return clicked
 
     def arrived(path: str | None, wanted: str, options: str, running: Any, *values: Any) -> Iterator[dict]:
         """Another picture: what was asked about the one before goes, and what is on its way is not shown."""
         running.leave()
         hint = {result: HINT, outcome: None, stop: gr.Button(interactive=False)}
-        yield hint | {asked: "", history: (), earlier: "", pending: ""}
+        yield hint | {latest: None, history: (), earlier: "", pending: ""}
         if path is not None and wanted:
-            yield from write(path, wanted, options, (), "", running, *values)
+            yield from write(path, wanted, options, (), None, running, *values)
 
-    inputs = [picture, question, choices, history, asked, current, *model, *decoding]
-    outputs = [*panel.outputs, question, history, earlier, asked]
+    inputs = [picture, question, choices, history, latest, current, *model, *decoding]
+    outputs = [*panel.outputs, question, history, earlier, latest]
     events = [gr.on([go.click, question.submit], write, inputs, outputs, trigger_mode="multiple", **controls.QUIET)]
     for button, text in zip(quick, QUESTIONS, strict=True):
         events.append(
@@ -119,8 +116,8 @@ def build_ask_tab(tasks: Tasks) -> None:
         looking(answering)
 
 
-def _earlier(history: tuple[tuple[str, Outcome], ...]) -> str:
-    cards = "".join(outcome_html(outcome, question) for question, outcome in history)
+def _earlier(history: tuple[Asked, ...]) -> str:
+    cards = "".join(outcome_html(asked.outcome, asked.question) for asked in history)
     return (
         f'<div class="earlier" aria-label="Earlier questions" role="region" tabindex="0">{cards}</div>' if cards else ""
     )

@@ -10,7 +10,7 @@ import gradio as gr
 from app import controls
 from app.picture import picture_input, sample_buttons
 from app.render import empty, files_html
-from app.tasks import MOST_CAPTIONS, Tasks
+from app.tasks import MOST_CAPTIONS, Tasks, still_shown
 
 HINT = empty("Captions appear here", "Choose a picture, or click one of the samples.")
 
@@ -41,12 +41,13 @@ def build_caption_tab(tasks: Tasks) -> None:
         )
         decoding = controls.decoding_controls(tasks, "caption")
     looking = controls.inside_panel(tasks, outcome)
-    panel = controls.Panel(result, outcome, stop, current)
+    panel = controls.Panel(result, outcome, stop)
     inputs = [picture, current, count, *model, *decoding]
 
     def write(path: str | None, running: Any, number: int, *values: Any) -> Iterator[dict]:
         who, how = controls.sides(*values[:4]), controls.settings(*values[4:])
-        yield from panel.show(tasks.caption(path, who, how, int(number), running), running)
+        outcomes = still_shown(tasks.caption(path, who, how, int(number), running), running)
+        yield from map(panel.shown, outcomes)
 
     def arrived(path: str | None, *values: Any) -> Iterator[dict]:
         if path is None:

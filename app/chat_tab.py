@@ -3,50 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
 from app import controls
-from app.outcome import Answer, Outcome, Side
+from app.conversation import Setting, Talk, View, begin_anew, judge, say, say_again, say_otherwise, take_back
+from app.outcome import Outcome, Side
 from app.picture import picture_input
 from app.render import AS_WRITTEN, chat_text, problem, side_name, status_text
 from app.tasks import Tasks
 
 STARTERS = ("Tell me about alpacas.", "Write a haiku about rain.", "Why is the sky blue?")
 HEIGHT = 480
-GONE = "The server was started anew and does not know this conversation any more; please begin a new one."
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What the user said and what each side answered; a turn from before a comparison has one answer for both.
-
-    Attributes:
-        retries: How often another answer was asked for; each is drawn with a seed of its own.
-    """
-
-    user: str
-    answers: tuple[Answer, ...] = ()
-    retries: int = 0
-
-    def answer(self, side: int) -> Answer | None:
-        return self.answers[min(side, len(self.answers) - 1)] if self.answers else None
-
-
-Talk = tuple[Turn, ...]
-
-
-def spoken(talk: Talk, side: int, system: str = "") -> list[dict[str, str]]:
-    """A conversation as the model gets it, the last turn without its answer if it has none."""
-    messages = [{"role": "system", "content": system.strip()}] if system.strip() else []
-    for turn in talk:
-        messages.append({"role": "user", "content": turn.user})
-        answer = turn.answer(side)
-        if answer is not None:
-            messages.append({"role": "assistant", "content": answer.text})
-    return messages
 
 
 def bubbles(talk: Talk, side: int) -> list[dict[str, str]]:
@@ -109,93 +78,76 @@ def build_chat_tab(tasks: Tasks) -> None:
         decoding = controls.decoding_controls(tasks, "chat")
     looking = controls.inside_panel(tasks, outcome)
 
-    def answer(before: Talk, said: str, values: Sequence[Any], retries: int = 0) -> Iterator[dict]:
-        """Adds a turn and writes its answers."""
-        path, prompt, running, *rest = values
-        if not said.strip():
-            yield {status: problem("Please write a message first.")}
-            return
-        who, how = controls.sides(*rest[:4]), controls.settings(*rest[4:])
-        how["seed"] += retries
-        after = (*before, Turn(said.strip()))
-        asked = [spoken(after, side, prompt) for side in range(len(who))]
-        first, turn = True, running.turn()
-        for state in tasks.chat(asked, path, who, how, running):
-            if running.turns != turn:  # undone, or another answer was asked for meanwhile
-                yield {stop: gr.skip()}  # Gradio sends the last update twice
-                return
-            update: dict = {text: ""} if first and not state.error else {}
-            first = False
-            if state.error:
-                update |= {talk: before, text: said} | _shown(chatbots, before, who)
-            else:
-                after = (*before, Turn(said.strip(), state.answers, retries))
-                update |= {talk: after} | _shown(chatbots, after, who)
-            yield update | {
-                outcome: state,
-                status: status_html(state),
-                stop: gr.Button(interactive=not state.done),
-            }
+    def shown(view: View, who: Sequence[Side]) -> dict:
+        """What to change on the page."""
+        if view == View():
+            return controls.unchanged(stop)
+        update: dict = {}
+        if view.talk is not None:
+            update |= {talk: view.talk} | _conversations(chatbots, view.talk, who)
+        if view.field is not None:
+            update[text] = view.field
+        if view.outcome is not None or view.over:
+            writing = view.outcome is not None and not view.outcome.done
+            update |= {outcome: view.outcome, stop: gr.update(interactive=writing)}  # a Button would be built
+        if view.problem:
+            line = problem(view.problem)
+        else:
+            line = controls.thanks("") if view.outcome is None else status_html(view.outcome)
+        return update | {status: line}
 
-    ended = {outcome: None, status: controls.thanks(""), stop: gr.update(interactive=False)}  # a Button would be built
+    def answering(values: Sequence[Any], write: Callable[[Setting], Iterator[View]]) -> Iterator[dict]:
+        """The updates of what is written, given the values of `context`."""
+        path, prompt, running, *rest = values
+        setting = Setting(path, prompt, controls.sides(*rest[:4]), controls.settings(*rest[4:]), running)
+        for view in write(setting):
+            yield shown(view, setting.sides)
+
     context = [picture, system, current, *model, *decoding]
     outputs = [*chatbots, talk, text, outcome, status, stop]
 
-    def say(said: str, before: Talk, *values: Any) -> Iterator[dict]:
-        yield from answer(before, said, values)
+    def send_message(said: str, before: Talk, *values: Any) -> Iterator[dict]:
+        yield from answering(values, lambda setting: say(tasks, before, said, setting))
 
     def retry(event: gr.RetryData, before: Talk, *values: Any) -> Iterator[dict]:
-        turn = _turn(event.index)
-        if turn >= len(before):
-            yield {status: problem(GONE)}
-        else:
-            yield from answer(before[:turn], before[turn].user, values, before[turn].retries + 1)
+        yield from answering(values, lambda setting: say_again(tasks, before, _turn(event.index), setting))
 
     def edit(event: gr.EditData, before: Talk, *values: Any) -> Iterator[dict]:
-        yield from answer(before[: _turn(event.index)], str(event.value).replace(AS_WRITTEN, ""), values)
-
-    def undo(event: gr.UndoData, before: Talk, running: Any, *model: Any) -> dict:
-        running.leave()
-        turn = _turn(event.index)
-        if turn >= len(before):
-            return ended | {status: problem(GONE)}
-        kept = before[:turn]
-        return ended | {talk: kept, text: before[turn].user} | _shown(chatbots, kept, controls.sides(*model))
+        said = str(event.value).replace(AS_WRITTEN, "")
+        yield from answering(values, lambda setting: say_otherwise(tasks, before, _turn(event.index), said, setting))
 
     def start(event: gr.SelectData, before: Talk, *values: Any) -> Iterator[dict]:
-        yield from answer(before, event.value["text"], values)
+        yield from answering(values, lambda setting: say(tasks, before, event.value["text"], setting))
+
+    def undo(event: gr.UndoData, before: Talk, running: Any, *model: Any) -> dict:
+        return shown(take_back(before, _turn(event.index), running), controls.sides(*model))
 
     def forget(running: Any, *model: Any) -> dict:
-        running.leave()
-        return ended | {talk: ()} | _shown(chatbots, (), controls.sides(*model))
+        return shown(begin_anew(running), controls.sides(*model))
 
     def compared(before: Talk, *model: Any) -> dict:
-        return _shown(chatbots, before, controls.sides(*model))
+        return _conversations(chatbots, before, controls.sides(*model))
 
-    def judge(side: int) -> Callable[..., str]:
-        def judged(event: gr.LikeData, shown: Talk) -> str:
-            turn = _turn(event.index)
-            found = shown[turn].answer(side) if turn < len(shown) else None
-            if found is None:
-                return controls.thanks("There is no answer to judge yet.")
+    def judged_on(side: int) -> Callable[..., str]:
+        def judged(event: gr.LikeData, said: Talk) -> str:
             verdicts: Mapping[Any, str] = {True: "up", False: "down", "Like": "up", "Dislike": "down"}
-            verdict = verdicts.get(event.liked)
-            return controls.thanks(tasks.judge(found, verdict) if verdict else "The judgement was taken back.")
+            return controls.thanks(judge(tasks, said, _turn(event.index), side, verdicts.get(event.liked)))
 
         return judged
 
     quiet = controls.QUIET
-    answering = [
-        gr.on([send.click, text.submit], say, [text, talk, *context], outputs, trigger_mode="multiple", **quiet)
-    ]
+    sent = gr.on(
+        [send.click, text.submit], send_message, [text, talk, *context], outputs, trigger_mode="multiple", **quiet
+    )
+    events = [sent]
     for side, chatbot in enumerate(chatbots):
-        answering.append(chatbot.retry(retry, [talk, *context], outputs, **quiet))
-        answering.append(chatbot.edit(edit, [talk, *context], outputs, **quiet))
-        answering.append(chatbot.example_select(start, [talk, *context], outputs, **quiet))
+        events.append(chatbot.retry(retry, [talk, *context], outputs, **quiet))
+        events.append(chatbot.edit(edit, [talk, *context], outputs, **quiet))
+        events.append(chatbot.example_select(start, [talk, *context], outputs, **quiet))
         chatbot.undo(undo, [talk, current, *model], outputs, **quiet)
         if tasks.feedback is not None:
-            chatbot.like(judge(side), talk, status, queue=False, **quiet)
-    for event in answering:
+            chatbot.like(judged_on(side), talk, status, queue=False, **quiet)
+    for event in events:
         judging(event)
         looking(event)
     gr.on([new.click, chatbots[0].clear], forget, [current, *model], outputs, **quiet)
@@ -216,7 +168,7 @@ def _chatbot(side: int) -> gr.Chatbot:
     )
 
 
-def _shown(chatbots: Sequence[gr.Chatbot], talk: Talk, who: Sequence[Side]) -> dict:
+def _conversations(chatbots: Sequence[gr.Chatbot], talk: Talk, who: Sequence[Side]) -> dict:
     """Both conversations; the second is there where two are compared."""
     names = [f"{side_name(side)}, strength {side.strength:g}" for side in who]
     two = len(who) > 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -106,30 +106,30 @@ class Panel:
         result: HTML of the outcome.
         outcome: The outcome itself, a State.
         stop: The Stop button.
-        current: State with what is running.
     """
 
     result: gr.HTML
     outcome: gr.State
     stop: gr.Button
-    current: gr.State
 
     @property
     def outputs(self) -> list[Component]:
         return [self.result, self.outcome, self.stop]
 
-    def show(self, outcomes: Iterator[Outcome], running: Current, question: str = "") -> Iterator[dict[Component, Any]]:
-        """What to change on the page for each outcome; nothing any more once the session has begun another turn."""
-        turn = running.turn()
-        for outcome in outcomes:
-            if running.turns != turn:
-                yield {self.stop: gr.skip()}  # Gradio sends the last update twice
-                return
-            yield {
-                self.result: outcome_html(outcome, question),
-                self.outcome: outcome,
-                self.stop: gr.Button(interactive=not outcome.done),
-            }
+    def shown(self, outcome: Outcome | None, question: str = "") -> dict[Component, Any]:
+        """What to change on the page for an outcome, given by `tasks.still_shown`."""
+        if outcome is None:
+            return unchanged(self.stop)
+        return {
+            self.result: outcome_html(outcome, question),
+            self.outcome: outcome,
+            self.stop: gr.Button(interactive=not outcome.done),
+        }
+
+
+def unchanged(some: Component) -> dict[Component, Any]:
+    """A last update: Gradio sends that twice, and the second time it must not hide what came since."""
+    return {some: gr.skip()}
 
 
 def stop_button(current: gr.State) -> gr.Button:

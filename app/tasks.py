@@ -85,6 +85,16 @@ class Current:
         return Current()  # every session gets one of its own
 
 
+def still_shown(outcomes: Iterator[Outcome], current: Current) -> Iterator[Outcome | None]:
+    """Begins a turn of the session; its outcomes, and once None in their place when the session has begun another."""
+    turn = current.turn()
+    for outcome in outcomes:
+        if current.turns != turn:
+            yield None
+            return
+        yield outcome
+
+
 def _told(task: Callable[..., Iterator[Outcome]]) -> Callable[..., Iterator[Outcome]]:
     """A task whose errors are its last outcome."""
 

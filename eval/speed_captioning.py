@@ -154,7 +154,7 @@ def watching(session: Session, seconds: dict[str, float]) -> Iterator[None]:
     with (
         replaced(session.encoder, "features_of", lambda plain: adding(plain, lambda *_: "encoder")),
         replaced(session.llama, "hidden", lambda plain: adding(plain, width)),
-        replaced(session.llama, "logits", lambda plain: adding(plain, lambda *_: "decode")),
+        replaced(session.llama, "raw_logits", lambda plain: adding(plain, lambda *_: "decode")),
     ):
         yield
 

@@ -23,12 +23,13 @@ from fake_service import FakeRun, FakeService
 from PIL import Image
 from tiny_session import picture
 
-from app.chat_tab import Turn, bubbles
+from app.chat_tab import bubbles
+from app.conversation import Turn
 from app.feedback import Feedback
 from app.inside import ADDS, BAR, TAKES, inside_html
 from app.job import Busy, Job
 from app.outcome import BASE, Answer, Outcome, Side
-from app.render import AS_WRITTEN, by_side, status_text
+from app.render import AS_WRITTEN, by_side, chat_text, status_text
 from app.server import ServerSettings, build_server, running
 from app.tasks import Current, Tasks
 from app.uploads import Limits, TooLarge, read_data_uri, read_upload
@@ -474,16 +475,6 @@ def event(index: int) -> SimpleNamespace:
 CHAT = (None, "", Current(), "instruct", 1.0, "", 1.0, 1.0, 1.0, 20, 5, 1)  # picture ... current, model, decoding
 
 
-def test_every_retry_is_drawn_with_another_seed(page: Any) -> None:
-    talk = (Turn("one"), Turn("two"))
-    for _ in range(2):
-        *_, last = handler(page, "retry")(event(3), talk, *CHAT)
-        talk = next(value for value in last.values() if isinstance(value, tuple))
-    assert [turn.user for turn in talk] == ["one", "two"]
-    list(handler(page, "say")("three", talk, *CHAT))
-    assert [run[0].settings["seed"] for run in page.service.runs] == [6, 7, 5]
-
-
 def test_a_page_kept_open_over_a_restart_is_told_so(page: Any) -> None:
     """The server has an empty conversation then, and the page's buttons name turns of the old one."""
     (update,) = handler(page, "retry")(event(3), (), *CHAT)
@@ -491,6 +482,13 @@ def test_a_page_kept_open_over_a_restart_is_told_so(page: Any) -> None:
     assert "started anew" in str(handler(page, "undo")(event(3), (), Current(), *CHAT[3:7]).values())
     assert "no answer to judge" in handler(page, "judged")(event(3), ())
     assert page.service.runs == []
+
+
+def test_an_edited_message_is_what_was_written(page: Any) -> None:
+    edited = SimpleNamespace(index=0, value=chat_text("two <b>words</b>"))
+    *_, last = handler(page, "edit")(edited, (Turn("one"),), *CHAT)
+    (talk,) = (value for value in last.values() if isinstance(value, tuple))
+    assert [turn.user for turn in talk] == ["two <b>words</b>"]
 
 
 def test_no_button_is_built_by_mistake(page: Any) -> None:

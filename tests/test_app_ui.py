@@ -16,7 +16,8 @@ import pytest
 from fake_service import FakeService
 from PIL import Image
 
-from app.chat_tab import Turn, bubbles, spoken
+from app.chat_tab import bubbles
+from app.conversation import Turn, spoken
 from app.feedback import Feedback
 from app.job import Busy, Failure, Job
 from app.outcome import AUTOMATIC, BASE, Answer, FileRow, Files, Outcome, Side
