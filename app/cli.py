@@ -33,6 +33,7 @@ clients under /v1. All adapters that fit the base model can be chosen in the pag
 default. Nothing is sent anywhere: without --host the app is reached from this machine alone.
 """
 FIRST = ("caption", "qa", "instruct")  # the order of the shipped adapters in the page; the others follow by name
+MOST_REQUESTS = 200  # written and waiting: each holds one of the page's threads (ui.THREADS)
 # Read by the libraries as they are imported.
 QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
 
@@ -92,6 +93,10 @@ def run(args: argparse.Namespace) -> int:
     if not is_loopback(args.host) and args.auth is None and not args.allow_anyone:
         raise ValueError(
             f"--host {args.host} lets other machines in; give --auth USER:PASSWORD, or --allow-anyone for everybody"
+        )
+    if args.max_batch + args.queue > MOST_REQUESTS:
+        raise ValueError(
+            f"--max-batch and --queue take at most {MOST_REQUESTS} requests together, got {args.max_batch + args.queue}"
         )
     for name in ("feedback", "log"):
         path = getattr(args, name)

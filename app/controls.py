@@ -81,7 +81,7 @@ def decoding_controls(tasks: Tasks, task: str) -> list[Component]:
             start["beams"],
             step=1,
             label="Beams",
-            info="1 streams; more search, and Stop waits",
+            info="1 streams; more search first",
             visible=task != "chat",
         )
     return [temperature, top_p, length, seed, beams]

@@ -145,6 +145,11 @@ def test_beyond_this_machine_nobody_is_let_in_by_accident(run, host):
     )
 
 
+def test_more_requests_than_the_page_has_threads_for_are_refused(run):
+    status, _, err = run("--port", 0, "--queue", 193)
+    assert (status, err) == (1, "error: --max-batch and --queue take at most 200 requests together, got 201\n")
+
+
 def test_with_credentials_or_the_owners_word_it_goes_on_to_load(run):
     for words in (["--auth", "anna:secret"], ["--allow-anyone"]):
         status, _, err = run("--host", "0.0.0.0", "--port", 0, *words)
