@@ -24,7 +24,7 @@ AT_LEAST_ONE = (
 BELOW_ONE = ("dropout", "feature_dropout", "label_smoothing", "ema", "beta1", "beta2")
 NOT_NEGATIVE = (
     *("seed", "batch_tokens", "steps", "epochs", "lr", "gate_lr", "weight_decay", "warmup", "warmup_epochs", "clip"),
-    *("held_out", "whiten"),
+    *("held_out", "whiten", "train_rows"),
 )
 CHOICES = {
     "dtype": ("float32", "bfloat16"),
@@ -82,6 +82,7 @@ class RunConfig:
         compile: Compiles the blocks with torch.compile.
         shard: Spreads the frozen blocks over the processes (FSDP2), for a base that does not fit one device.
         held_out: Rows kept aside by `seed` for validation, where the data has no validation split of its own.
+        train_rows: Training rows that are used, drawn by `seed`; 0 is all of them.
         skip_bad_rows: Goes on without rows that cannot be used, and says how many.
         format: ScienceQA: the data set's prompt format, such as QCM-A or QCM-ALE.
         answer_form: ScienceQA: the answer is learnt as "letter" or as the option's own "text".
@@ -137,6 +138,7 @@ class RunConfig:
     compile: bool = False
     shard: bool = False
     held_out: int = 0
+    train_rows: int = 0
     skip_bad_rows: bool = False
     format: str = "QCM-A"
     answer_form: str = "letter"

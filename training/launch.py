@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import random
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -202,6 +203,8 @@ def _train(
             block.compile(dynamic=True)
 
     sides = [[row for row in side if row.where not in unusable] for side in (data.train, data.validation)]
+    if 0 < config.train_rows < len(sides[0]):
+        sides[0] = random.Random(config.seed).sample(sides[0], config.train_rows)
     pictures = _pictures([row for side in sides for row in side]) if encoder is not None else {}
     train, validation = (_examples(side, base.tokenizer, config, pictures) for side in sides)
     facts = {
