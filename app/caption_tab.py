@@ -10,7 +10,7 @@ import gradio as gr
 from app import controls
 from app.picture import picture_input, sample_buttons
 from app.render import empty, files_html
-from app.tasks import MOST_CAPTIONS, Tasks, still_shown
+from app.tasks import MOST_CAPTIONS, Tasks, as_a_turn
 
 HINT = empty("Captions appear here", "Choose a picture, or click one of the samples.")
 
@@ -46,7 +46,7 @@ def build_caption_tab(tasks: Tasks) -> None:
 
     def write(path: str | None, running: Any, number: int, *values: Any) -> Iterator[dict]:
         who, how = controls.sides(*values[:4]), controls.settings(*values[4:])
-        outcomes = still_shown(tasks.caption(path, who, how, int(number), running), running)
+        outcomes = as_a_turn(tasks.caption(path, who, how, int(number), running), running)
         yield from map(panel.shown, outcomes)
 
     def arrived(path: str | None, *values: Any) -> Iterator[dict]:

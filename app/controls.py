@@ -117,7 +117,7 @@ class Panel:
         return [self.result, self.outcome, self.stop]
 
     def shown(self, outcome: Outcome | None, question: str = "") -> dict[Component, Any]:
-        """What to change on the page for an outcome, given by `tasks.still_shown`."""
+        """What to change on the page for an outcome, given by `tasks.as_a_turn`."""
         if outcome is None:
             return unchanged(self.stop)
         return {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.outcome import Answer, Outcome, Side
-from app.tasks import Current, Tasks, still_shown
+from app.tasks import Current, Tasks, as_a_turn
 
 GONE = "The server was started anew and does not know this conversation any more; please begin a new one."
 
@@ -33,7 +33,7 @@ Talk = tuple[Turn, ...]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a message meets.
+    """What a message is answered with.
 
     Attributes:
         picture: File of the picture that is talked about.
@@ -82,21 +82,21 @@ def spoken(talk: Talk, side: int, system: str = "") -> list[dict[str, str]]:
 
 def say(tasks: Tasks, before: Talk, said: str, setting: Setting, retries: int = 0) -> Iterator[View]:
     """Adds a turn and writes its answers; what was said comes back into the field if there can be none."""
-    said = said.strip()
-    if not said:
+    words = said.strip()
+    if not words:
         yield View(problem="Please write a message first.")
         return
-    asked = [spoken((*before, Turn(said)), side, setting.system) for side in range(len(setting.sides))]
+    asked = [spoken((*before, Turn(words)), side, setting.system) for side in range(len(setting.sides))]
     decoding = {**setting.decoding, "seed": setting.decoding["seed"] + retries}
     outcomes = tasks.chat(asked, setting.picture, setting.sides, decoding, setting.current)
     field: str | None = ""
-    for outcome in still_shown(outcomes, setting.current):
+    for outcome in as_a_turn(outcomes, setting.current):
         if outcome is None:
             yield View()
         elif outcome.error:
             yield View(before, said, outcome)
         else:
-            yield View((*before, Turn(said, outcome.answers, retries)), field, outcome)
+            yield View((*before, Turn(words, outcome.answers, retries)), field, outcome)
         field = None  # emptied once: the next message may be in it by now
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.outcome import Outcome, Side
-from app.tasks import Current, Tasks, still_shown
+from app.tasks import Current, Tasks, as_a_turn
 
 KEPT = 30  # earlier questions that stay on the page
 
@@ -54,11 +54,12 @@ def ask(
         before: Earlier questions, the latest first.
         last: The one whose answer is shown now.
     """
-    taken, asked = False, question.strip()
-    for outcome in still_shown(tasks.ask(picture, question, sides, decoding, choices, current), current):
+    taken = False
+    asked = question.strip()
+    for outcome in as_a_turn(tasks.ask(picture, question, sides, decoding, choices, current), current):
         if outcome is None:
             yield View()
-            return
+            break
         latest = Asked(asked, None if outcome.error else outcome)
         if outcome.error:
             yield View(outcome, latest, field=question if taken else None)  # to be asked again

@@ -85,7 +85,7 @@ class Current:
         return Current()  # every session gets one of its own
 
 
-def still_shown(outcomes: Iterator[Outcome], current: Current) -> Iterator[Outcome | None]:
+def as_a_turn(outcomes: Iterator[Outcome], current: Current) -> Iterator[Outcome | None]:
     """Begins a turn of the session; its outcomes, and once None in their place when the session has begun another."""
     turn = current.turn()
     for outcome in outcomes:

@@ -20,7 +20,6 @@ from mmadapter.adapter import Adapter
 from mmadapter.config import AdapterConfig, LlamaConfig
 from mmadapter.info import SHAPES
 from mmadapter.llama import Llama
-from mmadapter.memory import keep_freed_memory
 from mmadapter.options import resolve_dtype
 from mmadapter.packed import pack
 from mmadapter.session import Session, load
@@ -131,7 +130,6 @@ class Base:
             ValueError, FileNotFoundError, ConnectionError: As `session`.
         """
         if dtype not in self._answering:
-            keep_freed_memory()
             session = copy.copy(self.session(dtype))
             if dtype in FLOATS:
                 session.llama = Llama.from_state_dict(self.config, session.llama.state_dict())

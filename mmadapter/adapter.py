@@ -29,7 +29,8 @@ from mmadapter.vision import ImageProjection
 
 @dataclass(frozen=True)
 class PromptKV:
-    """One layer's adaption prompts as attention sees them. A dimension B may be 1: all rows share it.
+    """One layer's adaption prompts as attention sees them. A dimension B may be 1: all rows share it; those of keys and
+    values are the same.
 
     An image adds the same W_v I to each of the K values, and weights of a softmax sum to 1, so it adds W_v I to their
     mean, too. Kept by itself it leaves keys and values that a whole batch of images shares.
@@ -73,7 +74,7 @@ class PromptKV:
         gate = self.gate[:, :, None, None]  # [1 or B, H, 1, 1]
         if T > 1:
             return out + self._attend_many(q, gate)
-        # As in `llama.attend`, one kernel in place of several. Where all rows share the prompts they are rows of one.
+        # One kernel in place of several, as `llama.attend` does for few rows; rows that share the prompts are one's.
         q = q.reshape(B, G, H // G, D)
         if len(self.key) == 1 and self.mask is None:
             rows = q.transpose(0, 1).reshape(1, G, -1, D)  # [1, G, B * H/G, D]

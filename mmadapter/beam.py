@@ -15,7 +15,7 @@ from mmadapter.adapter import Prompts, select_prompts
 from mmadapter.llama import Llama
 from mmadapter.sampling import Sampling, longer, penalised, prefill, row_limits, top_tokens
 
-LINES = 16  # whose logits are looked at together
+LINES = 16  # whose logits a CPU looks at together
 
 
 def beam_search(
@@ -103,15 +103,15 @@ def _candidates(
 ) -> tuple[Tensor, Tensor]:
     """The largest `count` log-probabilities of each line, float32, and their token ids, both [n, count], largest first.
 
-    A few lines at a time, so that their float32 logits stay in the cache of a CPU.
+    On a CPU a few lines at a time, so that their float32 logits stay in its cache.
 
     Args:
         logits: [n, V]; float32 ones are overwritten.
         seen: Tokens that each line has had.
     """
-    found = []
-    for start in range(0, len(logits), LINES):
-        part = penalised(logits[start : start + LINES].float(), seen[start : start + LINES], repetition_penalty)
+    found, lines = [], LINES if logits.device.type == "cpu" else len(logits)
+    for start in range(0, len(logits), lines):
+        part = penalised(logits[start : start + lines].float(), seen[start : start + lines], repetition_penalty)
         values, tokens = top_tokens(part, count)
         highest = values[:, :1]
         normaliser = highest + part.sub_(highest).exp_().sum(-1, keepdim=True).log()  # logsumexp, in the same memory

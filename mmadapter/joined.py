@@ -1,64 +1,90 @@
 """Attention and feed-forward with one linear for all that read the same input: fewer calls for one token's decoding.
 
 What a kernel call costs by itself counts where few rows are computed at once, on a CPU a tenth of a step. The numbers
-are those of the plain modules of `llama`, whose place these take where a base is packed for inference (`packed`,
-`quantised`); nothing trains on them.
+are those of `llama.Attention` and `llama.FeedForward`, whose place these take where a base is packed for inference
+(`packed`, `quantised`); nothing trains on them.
 
 Shapes: as in `llama`.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmadapter.config import LlamaConfig
-from mmadapter.llama import Affine, Attention, FeedForward, LayerTuning, rotate, tuned
+from mmadapter.llama import Affine, KVCache, LayerTuning, attend_both, rotate, tuned
+
+if TYPE_CHECKING:
+    from mmadapter.adapter import PromptKV
 
 PARTS = {"wqkv": ("wq", "wk", "wv"), "w13": ("w1", "w3")}  # of each joined linear, from its first outputs on
 
 
-class JoinedAttention(Attention):
+def whole_of(part: str) -> str | None:
+    """The joined linear that one of the plain modules is part of."""
+    return next((whole for whole, parts in PARTS.items() if part in parts), None)
+
+
+class JoinedAttention(nn.Module):
     """`Attention` with one linear for queries, keys and values; queries and keys are rotated together.
 
     Its linears are on the meta device until others are put in their place.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
-        with torch.device("meta"):
-            super().__init__(config)
-            self.wqkv = nn.Linear(config.width, (config.heads + 2 * config.kv_heads) * config.head_width, bias=False)
-        del self.wq, self.wk, self.wv
+        super().__init__()
+        self.heads, self.kv_heads, self.head_width = config.heads, config.kv_heads, config.head_width
+        outputs = (config.heads + 2 * config.kv_heads) * config.head_width
+        self.wqkv = nn.Linear(config.width, outputs, bias=False, device="meta")
+        self.wo = nn.Linear(config.heads * config.head_width, config.width, bias=False, device="meta")
 
-    def wk(self, x: Tensor) -> Tensor:
-        """Keys alone, [..., C] -> [..., G * D]."""
-        return self.wqkv(x)[..., self.heads * self.head_width : (self.heads + self.kv_heads) * self.head_width]
-
-    def wv(self, x: Tensor) -> Tensor:
-        """Values alone, [..., C] -> [..., G * D]."""
-        return self.wqkv(x)[..., (self.heads + self.kv_heads) * self.head_width :]
-
-    def project(self, x: Tensor, rope: tuple[Tensor, Tensor], tuning: LayerTuning) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        layer: int,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KVCache | None,
+        prompt: PromptKV | None,
+        tuning: LayerTuning,
+    ) -> Tensor:
+        """[B, T, C] -> [B, T, C]; the arguments are those of `Attention.forward`."""
         B, T, _ = x.shape
         joined = tuned(self.wqkv(x), _joined(tuning.wq, tuning.wk, tuning.wv)).view(B, T, -1, self.head_width)
         joined = joined.transpose(1, 2)  # [B, H + 2 G, T, D]
         turning = self.heads + self.kv_heads
         q, k = rotate(joined[:, :turning], rope).split((self.heads, self.kv_heads), dim=1)
-        return q, k, joined[:, turning:]
+        mixed = attend_both(q, k, joined[:, turning:], layer, mask, cache, prompt)
+        return tuned(self.wo(mixed), tuning.wo)
+
+    def key_of(self, x: Tensor) -> Tensor:
+        """W_k x, [..., C] -> [..., G * D]."""
+        return self._parts(x)[1]
+
+    def value_of(self, x: Tensor) -> Tensor:
+        """W_v x, [..., C] -> [..., G * D]."""
+        return self._parts(x)[2]
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        widths = [heads * self.head_width for heads in (self.heads, self.kv_heads, self.kv_heads)]
+        return self.wqkv(x).split(widths, dim=-1)
 
 
-class JoinedFeedForward(FeedForward):
+class JoinedFeedForward(nn.Module):
     """`FeedForward` with one linear for both its inner halves; on the meta device as `JoinedAttention`."""
 
     def __init__(self, config: LlamaConfig) -> None:
-        with torch.device("meta"):
-            super().__init__(config)
-            self.w13 = nn.Linear(config.width, 2 * config.hidden_width, bias=False)
-        del self.w1, self.w3
+        super().__init__()
+        self.w13 = nn.Linear(config.width, 2 * config.hidden_width, bias=False, device="meta")
+        self.w2 = nn.Linear(config.hidden_width, config.width, bias=False, device="meta")
 
-    def project(self, x: Tensor, tuning: LayerTuning) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, tuning: LayerTuning) -> Tensor:
         gate, up = tuned(self.w13(x), _joined(tuning.w1, tuning.w3)).chunk(2, dim=-1)
-        return gate, up
+        return tuned(self.w2(F.silu(gate) * up), tuning.w2)  # [B, T, C]
 
 
 def _joined(*affines: Affine | None) -> Affine | None:

@@ -1,7 +1,7 @@
 """LLaMA, read from top to bottom.
 
 LLaMA 1, 2 and 3 (arXiv 2302.13971, 2307.09288, 2407.21783) and the models built alike. An adapter's
-prompts enter in `Attention.forward`, its tuning where a linear is `tuned` and in `RMSNorm.forward`. Without an adapter
+prompts enter in `attend_both`, its tuning where a linear is `tuned` and in `RMSNorm.forward`. Without an adapter
 this is the base model, and nothing here is trained.
 
 Shapes: B batch, T new tokens, S tokens attended to (cached and new), C width, H query heads, G key/value heads,
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mmadapter.adapter import PromptKV, Prompts
 
 SHORT = 256  # keys up to which attention holds its scores in memory
-MANY = 16  # rows from which on decoding computes their attention as one batch of products
+MANY = 16  # rows from which on decoding on a CPU computes their attention, up to SHORT keys, as one batch of products
 
 
 def rope_table(config: LlamaConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -56,8 +56,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v with grouped queries: head h reads key/value head h // (H / G).
 
     Up to `SHORT` keys it is two matrix products; beyond, torch's blocked kernel, which never holds the T by S scores
-    but takes several times longer on short rows. For one query, decoding, it is the faster one, but for many short rows
-    on a CPU: there two products in float32 take half its time.
+    but takes several times longer on short rows. For one query, decoding, that kernel is the faster one, unless a CPU
+    has many short rows: two products in float32 take half its time then.
 
     Args:
         q: [B, H, T, D].
@@ -73,10 +73,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         q = q.reshape(B, G, H // G, D)
         if B < MANY or S > SHORT or q.device.type != "cpu":
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, H, 1, D)
-        scores = (q * D**-0.5).float() @ k.float().transpose(2, 3)  # [B, G, H / G, S]
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = (q * D**-0.5).to(wide) @ k.to(wide).transpose(2, 3)  # [B, G, H / G, S]
         if mask is not None:
-            scores.masked_fill_(~mask, float("-inf"))
-        return (F.softmax(scores, dim=-1) @ v.float()).to(v.dtype).view(B, H, 1, D)
+            scores = scores.masked_fill(~mask, float("-inf"))
+        return (F.softmax(scores, dim=-1) @ v.to(wide)).to(v.dtype).view(B, H, 1, D)
     if S > SHORT:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=H > G
@@ -119,18 +120,45 @@ class KVCache:
 
         What stays where it is is not copied, and new memory is taken only where there are more rows than before.
         """
-        more = len(rows) > self.keys.shape[1]
-        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().flatten()
         for name in ("keys", "values"):
-            old = getattr(self, name)
-            if more:
+            old = getattr(self, name)  # [N, B, G, capacity, D]
+            if len(rows) > old.shape[1]:
                 new = old.new_empty((len(old), len(rows), *old.shape[2:]))
                 new[:, :, :, : self.length] = old[:, rows, :, : self.length]
             else:
                 new = old[:, : len(rows)]
-                for source, target in zip(old[:, :, :, : self.length], new[:, :, :, : self.length], strict=True):
-                    target.index_copy_(0, moved, source.index_select(0, rows[moved]))
+                moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().flatten()
+                for layer in range(len(old)):
+                    kept = old[layer, :, :, : self.length].index_select(0, rows[moved])
+                    new[layer, :, :, : self.length].index_copy_(0, moved, kept)
             setattr(self, name, new)
+
+
+def attend_both(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer: int,
+    mask: Tensor | None,
+    cache: KVCache | None,
+    prompt: PromptKV | None,
+) -> Tensor:
+    """Attention over the text, cached and new, plus the gated attention over the adaption prompts (Eq. 5 to 9).
+
+    Args:
+        q: Rotated queries, [B, H, T, D].
+        k, v: Rotated keys, and values, of the new tokens, [B, G, T, D].
+        mask, cache, prompt: As of `Attention.forward`.
+
+    Returns:
+        [B, T, H * D].
+    """
+    if cache is not None:
+        k, v = cache.append(layer, k, v)  # [B, G, S, D]
+    out = attend(q, k, v, mask)  # [B, H, T, D]
+    if prompt is not None:
+        out = prompt.add(out, q)
+    return out.transpose(1, 2).flatten(2)
 
 
 class Affine(NamedTuple):
@@ -211,22 +239,19 @@ class Attention(nn.Module):
             tuning: Of this layer's linears and norms.
         """
         B, T, _ = x.shape
-        q, k, v = self.project(x, rope, tuning)
-        if cache is not None:
-            k, v = cache.append(layer, k, v)  # [B, G, S, D]
-        out = attend(q, k, v, mask)  # [B, H, T, D]
-        if prompt is not None:
-            out = prompt.add(out, q)
-        out = out.transpose(1, 2).reshape(B, T, self.heads * self.head_width)
-        return tuned(self.wo(out), tuning.wo)  # [B, T, C]
-
-    def project(self, x: Tensor, rope: tuple[Tensor, Tensor], tuning: LayerTuning) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries [B, H, T, D], rotated keys and values [B, G, T, D] of [B, T, C]."""
-        B, T, _ = x.shape
         q = tuned(self.wq(x), tuning.wq).view(B, T, self.heads, self.head_width).transpose(1, 2)  # [B, H, T, D]
         k = tuned(self.wk(x), tuning.wk).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)  # [B, G, T, D]
         v = tuned(self.wv(x), tuning.wv).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)  # [B, G, T, D]
-        return rotate(q, rope), rotate(k, rope), v
+        mixed = attend_both(rotate(q, rope), rotate(k, rope), v, layer, mask, cache, prompt)
+        return tuned(self.wo(mixed), tuning.wo)  # [B, T, C]
+
+    def key_of(self, x: Tensor) -> Tensor:
+        """W_k x, [..., C] -> [..., G * D]."""
+        return self.wk(x)
+
+    def value_of(self, x: Tensor) -> Tensor:
+        """W_v x, [..., C] -> [..., G * D]."""
+        return self.wv(x)
 
 
 class FeedForward(nn.Module):
@@ -239,12 +264,8 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.width, config.hidden_width, bias=False)
 
     def forward(self, x: Tensor, tuning: LayerTuning) -> Tensor:
-        gate, up = self.project(x, tuning)
-        return tuned(self.w2(F.silu(gate) * up), tuning.w2)  # [B, T, C]
-
-    def project(self, x: Tensor, tuning: LayerTuning) -> tuple[Tensor, Tensor]:
-        """What goes through SiLU and what that is multiplied with, both [B, T, hidden width]."""
-        return tuned(self.w1(x), tuning.w1), tuned(self.w3(x), tuning.w3)
+        inner = F.silu(tuned(self.w1(x), tuning.w1)) * tuned(self.w3(x), tuning.w3)
+        return tuned(self.w2(inner), tuning.w2)  # [B, T, C]
 
 
 class Block(nn.Module):
@@ -289,11 +310,11 @@ class Block(nn.Module):
         """
         G, D = self.attention.kv_heads, self.attention.head_width
         prompt = prompt[None]  # [1, K, C]
-        key = tuned(self.attention.wk(prompt), tuning.wk).view(1, -1, G, D).transpose(1, 2)  # [1, G, K, D]
-        value = tuned(self.attention.wv(prompt), tuning.wv).view(1, -1, G, D).transpose(1, 2)  # [1, G, K, D]
+        key = tuned(self.attention.key_of(prompt), tuning.wk).view(1, -1, G, D).transpose(1, 2)  # [1, G, K, D]
+        value = tuned(self.attention.value_of(prompt), tuning.wv).view(1, -1, G, D).transpose(1, 2)  # [1, G, K, D]
         if token is None:
             return key, value, None
-        seen = self.attention.wv(token)[:, None]  # [B, 1, G * D]
+        seen = self.attention.value_of(token)[:, None]  # [B, 1, G * D]
         if tuning.wv is not None:
             seen = tuning.wv.scale * seen
         return key, value, seen.view(-1, G, 1, D)

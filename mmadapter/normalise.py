@@ -37,6 +37,6 @@ def normalise(x: Tensor, eps: float) -> Tensor:
     if torch.is_grad_enabled():
         return _Normalised.apply(x, eps) if x.requires_grad else F.rms_norm(x, (C,), None, eps)
     if x.numel() <= FEW * C and x.device.type == "cpu":
-        # The mean of (x, -x) is 0, so its layer norm is (y, -y); for that a CPU has one kernel, for this one eight.
+        # The mean of (x, -x) is 0, so its layer norm is (y, -y). On a CPU that is one kernel, the RMS norm eight.
         return F.layer_norm(torch.cat((x, -x), dim=-1), (2 * C,), None, None, eps)[..., :C]
     return F.rms_norm(x, (C,), None, eps)

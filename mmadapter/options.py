@@ -69,15 +69,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load_session(args: argparse.Namespace) -> Session:
-    """Load the model that the options of `add_model_options` name, to answer and not to train (`packed`, `memory`).
+    """Load the model that the options of `add_model_options` name, to answer and not to train (`packed`).
 
     `--adapter none` is the base model.
     """
     import mmadapter
-    from mmadapter.memory import keep_freed_memory
     from mmadapter.packed import pack
 
-    keep_freed_memory()
     session = mmadapter.load(
         llama=args.llama,
         adapter=None if args.adapter == "none" else args.adapter,

@@ -71,9 +71,10 @@ class PackedLinear(FrozenLinear):
 
 
 def pack(llama: Llama) -> bool:
-    """Packs a model where it stands, a linear at a time; False where this machine has no such kernels for it.
+    """Packs a model where it stands, half a block at a time; False where this machine has no such kernels for it.
 
-    The embedding stays as it is; where it is the output projection too, that gets a packed copy.
+    One that is packed or quantised already stays as it is. So does the embedding; if it is the output projection, too,
+    that gets a packed copy.
     """
     if llama.device.type != "cpu" or not can_pack(llama.dtype):
         return False
@@ -88,10 +89,10 @@ def pack(llama: Llama) -> bool:
 
 def _packed(plain: nn.Module, joined: nn.Module) -> nn.Module:
     """The joined module with the plain one's weights."""
-    for name in list(joined._modules):
+    for name, _ in list(joined.named_children()):
         parts = [getattr(plain, part).weight for part in PARTS.get(name, (name,))]
         setattr(joined, name, PackedLinear(torch.cat(parts)))
-    return joined
+    return joined.eval()
 
 
 @functools.cache

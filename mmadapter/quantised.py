@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmadapter.joined import PARTS, JoinedAttention, JoinedFeedForward
+from mmadapter.joined import PARTS, JoinedAttention, JoinedFeedForward, whole_of
 from mmadapter.llama import Llama
 from mmadapter.packed import FrozenLinear
 from mmadapter.weights import BaseWeights, load_state_dict
@@ -94,7 +94,8 @@ class QuantisedLinear(FrozenLinear):
             if self.in_features % GROUP or self.out_features % OUTPUTS:
                 raise ValueError(
                     f"int4 takes inputs in multiples of {GROUP} and outputs in multiples of {OUTPUTS}, and a linear of "
-                    f"this base has {self.in_features} inputs and {self.out_features} outputs; choose dtype int8"
+                    f"this base, or several joined, has {self.in_features} inputs and {self.out_features} outputs; "
+                    "choose dtype int8"
                 )
             q, scales = group_grid(weight)
             packed = torch._convert_weight_to_int4pack_for_cpu(q, 1)  # uint8 [O, I/2], in the order the CPU reads best
@@ -152,16 +153,16 @@ def quantised_llama(weights: BaseWeights, name: str) -> Llama:
     check_kernel(name)
     with torch.device("meta"):
         model = Llama(weights.config)
-    missing = list(model.state_dict())
+    missing = dict.fromkeys(model.state_dict())
     for block in model.layers:
         block.attention, block.feed_forward = JoinedAttention(weights.config), JoinedFeedForward(weights.config)
     waiting: dict[str, Tensor] = {}  # parts of a joined linear until the last of them comes
     for tensor_name, tensor in weights.tensors():
-        missing.remove(tensor_name)
+        missing.pop(tensor_name, None)
         path, _, leaf = tensor_name.rpartition(".")
         owner, _, last = path.rpartition(".")
         parent = model.get_submodule(owner)
-        whole = next((whole for whole, parts in PARTS.items() if last in parts), None)
+        whole = whole_of(last)
         if path == "tok_embeddings":
             table = QuantisedLinear(tensor, 8)
             model.tok_embeddings = QuantisedEmbedding(table)
@@ -177,7 +178,7 @@ def quantised_llama(weights: BaseWeights, name: str) -> Llama:
         else:
             setattr(getattr(parent, last), leaf, nn.Parameter(tensor.to(ACTIVATIONS)))
     if missing:
-        raise ValueError(f"{weights.path} lacks {len(missing)} tensors of the model, such as {missing[0]}")
+        raise ValueError(f"{weights.path} lacks {len(missing)} tensors of the model, such as {next(iter(missing))}")
     return model.requires_grad_(False).eval()
 
 

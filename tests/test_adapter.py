@@ -325,27 +325,56 @@ def test_a_row_without_an_image_is_a_text_row() -> None:
 # ---- The second softmax by itself.
 
 
-def test_grouped_queries_share_prompt_heads_in_order_and_masked_prompts_count_for_nothing() -> None:
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_grouped_queries_share_prompt_heads_in_order_and_masked_prompts_count_for_nothing(
+    queries: int, masked: bool
+) -> None:
     """Head h reads key head h // (H / G), not h % G. What is masked may hold anything, and gets no gradient."""
-    B, H, G, T, K, D = 2, 6, 2, 3, 4, 5
+    B, H, G, T, K, D = 2, 6, 2, queries, 4, 5
     generator = torch.Generator().manual_seed(8)
-    q = torch.randn(B, H, T, D, generator=generator)
+    q, before = (torch.randn(B, H, T, D, generator=generator) for _ in range(2))
     key, value = (torch.randn(B, G, K, D, generator=generator) for _ in range(2))
     gate = torch.randn(B, H, generator=generator)
-    mask = torch.tensor([[True] * K, [True, True, False, False]])
+    mask = torch.tensor([[True] * K, [True, True, False, False]]) if masked else None
     for tensor in (key, value):
-        tensor[~mask[:, None, :].expand(B, G, K)] = 1e4
+        if masked:
+            tensor[~mask[:, None, :].expand(B, G, K)] = 1e4
         tensor.requires_grad_()
-    out = PromptKV(key, value, gate, mask).add(torch.zeros_like(q), q)
-    for b, visible in enumerate((4, 2)):
+    out = PromptKV(key, value, gate, mask).add(before, q)
+    for b, visible in enumerate((4, 2 if masked else 4)):
         for h in range(H):
             k, v = key[b, h // 3, :visible], value[b, h // 3, :visible]
-            expected = gate[b, h] * ((q[b, h] @ k.T / math.sqrt(D)).softmax(-1) @ v)
+            expected = before[b, h] + gate[b, h] * ((q[b, h] @ k.T / math.sqrt(D)).softmax(-1) @ v)
             torch.testing.assert_close(out[b, h], expected, atol=1e-5, rtol=0)
     out.square().sum().backward()
-    assert (key.grad[1, :, 2:] == 0).all()
-    assert (value.grad[1, :, 2:] == 0).all()
+    if masked:
+        assert (key.grad[1, :, 2:] == 0).all()
+        assert (value.grad[1, :, 2:] == 0).all()
     assert (value.grad[1, :, :2] != 0).all()
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_images_by_themselves_are_images_in_the_values(queries: int) -> None:
+    """W_v I beside prompts that all rows share, against the values with it, row by row; gradients, too."""
+    B, H, G, T, K, D = 3, 6, 2, queries, 4, 5
+    generator = torch.Generator().manual_seed(9)
+    q, before = (torch.randn(B, H, T, D, generator=generator) for _ in range(2))
+    key, value = (torch.randn(1, G, K, D, generator=generator).requires_grad_() for _ in range(2))
+    image = torch.randn(B, G, 1, D, generator=generator).requires_grad_()
+    gate = torch.randn(1, H, generator=generator)
+    shared = PromptKV(key, value, gate, image=image)
+    assert shared.batch == B
+    assert PromptKV(key, value, gate).batch == 1
+    apart = PromptKV(key.expand(B, -1, -1, -1), value + image, gate)
+    found = []
+    for prompts in (shared, apart):
+        out = prompts.add(before, q)
+        found.append((out, *torch.autograd.grad(out.square().sum(), (key, value, image))))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    row = shared.select(torch.tensor([2]))
+    torch.testing.assert_close(row.add(before[2:], q[2:]), found[0][0][2:], atol=1e-5, rtol=0)
 
 
 # ---- Once for a generation, anew for each training step.

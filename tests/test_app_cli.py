@@ -16,7 +16,8 @@ import httpx
 import pytest
 import tiny_session
 
-from app.cli import build_parser, main, offered_adapters
+from app.cli import MOST_REQUESTS, build_parser, main, offered_adapters
+from app.ui import THREADS
 from mmadapter import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,6 +147,7 @@ def test_beyond_this_machine_nobody_is_let_in_by_accident(run, host):
 
 
 def test_more_requests_than_the_page_has_threads_for_are_refused(run):
+    assert MOST_REQUESTS < THREADS
     status, _, err = run("--port", 0, "--queue", 193)
     assert (status, err) == (1, "error: --max-batch and --queue take at most 200 requests together, got 201\n")
 

@@ -93,8 +93,8 @@ def test_nothing_said_is_told_and_changes_nothing(tasks: Tasks, service: FakeSer
 def test_what_could_not_be_said_comes_back(tasks: Tasks, service: FakeService) -> None:
     before = said(tasks, "one")
     service.busy = 1
-    *_, last = say(tasks, before, "two", setting())
-    assert (last.talk, last.field) == (before, "two")
+    *_, last = say(tasks, before, "two\n", setting())
+    assert (last.talk, last.field) == (before, "two\n")  # as it was written
     assert last.outcome.error == "Too many people are waiting; try again in about 4 s."
 
 
@@ -170,6 +170,14 @@ def test_a_question_that_failed_on_the_way_can_be_asked_again(tasks: Tasks, serv
     views = asked(tasks, photo, "What?")
     assert views[0].field == ""
     assert (views[-1].field, views[-1].outcome.error[:20]) == ("What?", "Something went wrong")
+
+
+def test_a_question_that_is_overtaken_changes_nothing_more(tasks: Tasks, photo: str) -> None:
+    current = Current()
+    views = ask(tasks, photo, "What?", [], [Side("caption")], HOW, current)
+    next(views)
+    current.leave()
+    assert list(views) == [Asking()]
 
 
 def test_so_many_earlier_questions_stay(tasks: Tasks, photo: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import signal
 from pathlib import Path
@@ -145,6 +146,22 @@ def test_a_run_of_other_settings_ends_in_an_adapter_of_them(world, tmp_path, fla
     assert about.training["run"]["dtype"] == ("bfloat16" if "bfloat16" in flags else "float32")
     assert about.adapter.tune == ("prompts" if "bfloat16" in flags else flags[1])
     assert any(name.startswith("tuning.") for name in state) == ("bfloat16" not in flags)
+
+
+def test_some_of_the_training_rows_drawn_by_the_seed(world, tmp_path):
+    """All of the validation rows stay."""
+    drawn = []
+    for name, flags in (("all", []), ("3", ["3"]), ("again", ["3"]), ("many", ["999"])):
+        flags = ["--train-rows", *flags] if flags else []
+        weights = train(world, "alpaca", tmp_path / name, *flags)
+        start = json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])
+        drawn.append((start["rows"], start["validation_rows"], weights["prompt"]))
+    (everything, few, again, many) = drawn
+    assert (few[0], few[1]) == (3, everything[1])
+    assert torch.equal(few[2], again[2])
+    assert not torch.equal(few[2], everything[2])
+    assert many[0] == everything[0]
+    assert torch.equal(many[2], everything[2])
 
 
 def test_a_compiled_run_learns_what_a_plain_one_learns(world, tmp_path, monkeypatch):

@@ -141,6 +141,15 @@ def test_selected_cache_rows_go_on_as_they_were() -> None:
     torch.testing.assert_close(decoded, whole, atol=1e-5, rtol=0)
 
 
+def test_cache_rows_are_selected_while_gradients_are_on() -> None:
+    model, tokens = tiny.llama().requires_grad_(), tiny.tokens(2, 4)
+    cache = model.new_cache(2, 5)
+    model(tokens, cache=cache)
+    kept = cache.keys.detach().clone()
+    cache.select(torch.tensor([1, 0]))
+    assert torch.equal(cache.keys[:, :, :, :4], kept[:, [1, 0], :, :4])
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize(("new", "keys", "mask"), [(5, 5, None), (1, 7, None), (3, 7, "shared"), (3, 7, "of each row")])
 def test_both_paths_of_attention_agree(

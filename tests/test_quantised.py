@@ -65,6 +65,20 @@ def rounded(config: LlamaConfig, state: dict[str, Tensor]) -> Llama:
     return Llama.from_state_dict(config, {key: tensor.bfloat16() for key, tensor in state.items()})
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_in_any_order_make_the_same_model(name):
+    """Joined linears wait for their parts."""
+    state = random_state(CONFIG)
+    turned = dict(reversed(state.items()))
+    tokens = torch.arange(6)[None]
+    with torch.inference_mode():
+        expected, found = (quantised_llama(weights_of(s), name)(tokens) for s in (state, turned))
+    assert torch.equal(found, expected)
+    del turned["layers.0.attention.wk.weight"]
+    with pytest.raises(ValueError, match=r"lacks 1 tensors of the model, such as layers\.0\.attention\.wk\.weight"):
+        quantised_llama(weights_of(turned), name)
+
+
 @pytest.mark.parametrize("values", VALUES.values(), ids=NAMES)
 def test_the_grids_are_the_nearest(values):
     weight = noise(48, 96)
