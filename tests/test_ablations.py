@@ -598,18 +598,20 @@ def test_the_table_and_the_record(world, tmp_path, capsys, calls):
     assert ablations.main(arguments) == 0
     half = 4.303 * 10 / math.sqrt(3)
     cells = [
-        f"| {2 * 3 * 5 + 2 * 4:,} | {{loss:.3f}} | 2.100 | 60.00 [{60 - half:.2f}, {60 + half:.2f}] |",
-    ] * 3
+        f"| {2 * 3 * 5 + 2 * 4:,} | {{loss:.3f}} | 2.100 | 60.00 [{60 - half:.2f}, {60 + half:.2f}] | {against} |"
+        for against in ("", "+0.00 ± 0.00", "+0.00 ± 0.00")
+    ]
     assert capsys.readouterr().out.splitlines() == [
         "| variant | trained parameters | train loss at the end | validation loss | accuracy, 95% interval "
-        "| LLaMA-7B, paper's Table 6 |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| against the first | LLaMA-7B, paper's Table 6 |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
         f"| epochs-15 {cells[0].format(loss=37)} 82.08 (15 epochs; train loss .022, validation loss .136) |",
         f"| epochs-30 {cells[1].format(loss=74)} 83.85 (30 epochs; .004, .241) |",
         f"| epochs-60 {cells[2].format(loss=149)} 83.94 (60 epochs; .001, .282) |",
         "",
         "llama, without images. Accuracy: percent of 40 questions held out of the train split; 3 seeds (each seed "
-        "holds out others), Student's t over them. Losses: a target token. Paper: val split, with images.",
+        "holds out others), Student's t over them and over their differences. Losses: a target token. Paper: val "
+        "split, with images.",
     ]
     results = json.loads((out / "results.json").read_text())
     assert results["command"] == shlex.join(["python", "-m", "training.ablations", *arguments])

@@ -46,6 +46,11 @@ def report(ablation: str, config: RunConfig, runs: Sequence[Run], out: Path, fac
         for key in ("train_loss", "val_loss", "accuracy"):
             row[key] = statistics.fmean(run[key] for run in row["runs"])
         row["interval"] = interval([run["accuracy"] for run in row["runs"]], row["runs"][0]["questions"])
+    first, *others = results.values()
+    for row in others if len(first["runs"]) > 1 else ():  # runs of a seed are scored on the same questions
+        row["differences"] = [
+            run["accuracy"] - other["accuracy"] for run, other in zip(row["runs"], first["runs"], strict=True)
+        ]
     record = {
         **{"ablation": ablation, "variants": list(results.values()), "config": dataclasses.asdict(config)},
         **{**facts, "git_commit": git_commit()},
@@ -93,10 +98,10 @@ def smoothed(log: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
 
 def interval(accuracies: Sequence[float], questions: int) -> tuple[float, float]:
     """95% interval of a mean accuracy in percent: Student's t over seeds, with one seed a bootstrap over questions."""
-    mean, count = statistics.fmean(accuracies), len(accuracies)
-    if count > 1:
-        half = STUDENT_T[count - 2] * statistics.stdev(accuracies) / math.sqrt(count)
+    if len(accuracies) > 1:
+        mean, half = student(accuracies)
         return mean - half, mean + half
+    mean = accuracies[0]
     import numpy as np
 
     # Of questions drawn with replacement, of which a share is right, the number right is binomial.
@@ -105,21 +110,29 @@ def interval(accuracies: Sequence[float], questions: int) -> tuple[float, float]
     return low, high
 
 
+def student(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of several values, and half the width of its 95% interval by Student's t."""
+    half = STUDENT_T[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values), half
+
+
 def table(ablation: str, config: RunConfig, results: Sequence[Mapping[str, Any]]) -> str:
     """The results as Markdown, beside the paper's."""
     names = ("variant", "trained parameters", "train loss at the end", "validation loss", "accuracy, 95% interval")
-    lines = [" | ".join(("", *names, f"LLaMA-7B, paper's {TABLES[ablation]}", "")).strip(), "| --- " * 6 + "|"]
+    names = (*names, "against the first", f"LLaMA-7B, paper's {TABLES[ablation]}")
+    lines = [" | ".join(("", *names, "")).strip(), "| --- " * len(names) + "|"]
     for row in results:
         low, high = row["interval"]
+        against = "{:+.2f} ± {:.2f}".format(*student(row["differences"])) if "differences" in row else ""
         lines.append(
             f"| {row['name']} | {row['runs'][0]['parameters']:,} | {row['train_loss']:.3f} | {row['val_loss']:.3f} "
-            f"| {row['accuracy']:.2f} [{low:.2f}, {high:.2f}] | {row['paper']} |"
+            f"| {row['accuracy']:.2f} [{low:.2f}, {high:.2f}] | {against} | {row['paper']} |"
         )
     runs = results[0]["runs"]
     part = "held out of the train split" if config.held_out else "of the val split"
     others = " (each seed holds out others)" if config.held_out else ""
     of = (
-        f"{len(runs)} seeds{others}, Student's t over them"
+        f"{len(runs)} seeds{others}, Student's t over them and over their differences"
         if len(runs) > 1
         else "one seed, bootstrap over the questions"
     )
