@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -13,6 +14,13 @@ from app.questions import Asked, View, ask
 from app.render import empty, outcome_html
 from app.tasks import Tasks, examples
 
+# Of a shipped adapter, as its README has them.
+LIMITS = {
+    "qa": (
+        "The adapter qa has seen rooms, people and dogs: it names things, colours and counts in a few words. "
+        "What it says of anything else, of text, names and reasons, is a guess."
+    )
+}
 HINT = empty("Answers appear here", "Choose a picture and ask; it stays for the next question.")
 QUESTIONS = ("What is in this picture?", "What color is it?", "Is there a person?")
 
@@ -50,6 +58,9 @@ def build_ask_tab(tasks: Tasks) -> None:
                 go = gr.Button("Ask", variant="primary", scale=3, elem_id="ask-go")
                 stop = controls.stop_button(current)
             result = gr.HTML(HINT, elem_id="ask-result")
+            for info in tasks.adapters:
+                if info.name in LIMITS:
+                    gr.HTML(f'<p class="thanks">{escape(LIMITS[info.name])}</p>')
             judging = controls.judge_row(tasks, outcome)
             earlier = gr.HTML("")
     model = controls.model_controls(tasks, "answer")

@@ -19,7 +19,7 @@ from PIL import Image
 from app.chat_tab import bubbles
 from app.conversation import Turn, spoken
 from app.feedback import Feedback
-from app.job import Busy, Failure, Job
+from app.job import AdapterInfo, Busy, Failure, Job
 from app.outcome import AUTOMATIC, BASE, Answer, FileRow, Files, Outcome, Side
 from app.render import files_html, outcome_html, status_text
 from app.tasks import AT_ONCE, Current, Tasks
@@ -441,6 +441,17 @@ def test_the_page_is_built_without_a_model(page: Any) -> None:
         "/chat": ["message", "messages", "image", "adapter", "strength", "settings"],
     }
     assert page.get_api_info()["unnamed_endpoints"] == {}
+
+
+def test_the_page_says_what_the_qa_adapter_does_not_know(page: Any) -> None:
+    from app.ask_tab import LIMITS
+    from app.ui import build_page
+
+    service = FakeService()
+    service.adapters.append(AdapterInfo("qa", "Questions (qa)", ("answer",), True, None))
+    pages = build_page(Tasks(service)), page
+    told = [[LIMITS["qa"] in str(getattr(block, "value", "")) for block in one.blocks.values()] for one in pages]
+    assert [any(one) for one in told] == [True, False]
 
 
 def test_values_of_a_wrong_kind_are_refused_by_the_endpoints_in_a_sentence(page: Any, photo: Path) -> None:

@@ -36,7 +36,7 @@ def describe(trainer: Trainer) -> str:
             f"steps       {trainer.steps:,} of {config.batch_size} rows: "
             f"{trainer.steps * config.batch_size / len(rows):.2f} epochs, {trainer.warmup} steps of warm-up",
             f"memory      {_peak_bytes(llama.device) / 2**30:.2f} GiB at the most, in a step of the longest rows",
-            f"time        {seconds:.2f} s a step, {minutes:.0f} minutes in all, without validation",
+            f"time        {seconds:.2f} s a step, {minutes:.0f} minutes in all, without validation and image features",
         )
     )
 
