@@ -211,7 +211,15 @@ def test_an_answer_is_copied(desk: Any, site: Site) -> None:
 def test_stop_stays_where_it_is_while_captions_grow(desk: Any) -> None:
     stop, result = desk.locator("button.stop-now:visible").first, desk.locator("#caption-result")
     desk.get_by_role("button", name="Settings").first.click()
-    set_number(desk, "#caption-count", 5)
+    count = desk.locator("#caption-count input[type=range]")
+
+    def set_to_5() -> bool:
+        """A slider that has just come into view may still be given its first value."""
+        set_number(desk, "#caption-count", 5)
+        time.sleep(0.2)
+        return count.input_value() == "5"
+
+    eventually(set_to_5)
     before, height = stop.bounding_box(), result.bounding_box()["height"]
     desk.click("#caption-go")
     desk.wait_for_function("document.querySelectorAll('#caption-result .words').length == 5")
