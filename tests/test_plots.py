@@ -128,30 +128,33 @@ def test_of_a_step_that_stands_twice_the_later_line_counts(tmp_path, drawn):
         "training": ([1, 2, 3, 4], [1.0, 2.0, 2.0, 2.0]),
         "validation": ([1, 2], [5.0, 2.0]),
     }
-    (gates,) = lines_of(drawn[1].axes[1]).values()
+    (gates,) = lines_of(drawn[1].axes[2]).values()
     assert gates == ([1, 2], [0.5, 0.25])
 
 
 # --------------------------------------------------------------------------------------------------------------- gates
 
 
-def test_the_map_shows_the_last_gates_with_the_topmost_layer_on_top(tmp_path, drawn):
+def test_the_maps_show_the_gates_over_time_with_the_topmost_layer_on_top(tmp_path, drawn):
     log = run_log(layers=4, heads=3)
     log[-1]["gates"][0][0] = -0.9
     assert draw_gates(write_log(tmp_path / "my_run", log), tmp_path / "gates.png") is True
-    left, right, *bars = drawn[0].axes
-    (image,) = left.get_images()
-    assert np.array_equal(image.get_array(), log[-1]["gates"])
-    assert (image.origin, image.get_extent()) == ("lower", [0.5, 3.5, 0.5, 4.5])
-    assert left.get_ylim() == (0.5, 4.5)
-    assert (left.get_xlabel(), left.get_ylabel()) == ("head", "layer")
-    assert shown(left.get_xticks(), left.get_xlim()) == [1, 2, 3]
-    assert shown(left.get_yticks(), left.get_ylim()) == [1, 2, 3, 4]
+    *maps, right, colours, layers = drawn[0].axes
+    gates = {line["step"]: line["gates"] for line in log if "gates" in line}
+    assert [axes.get_title() for axes in maps] == ["step 50", "step 100", "step 150", "step 200"]
+    for axes, step in zip(maps, (50, 100, 150, 200), strict=True):
+        (image,) = axes.get_images()
+        assert np.array_equal(image.get_array(), gates[step])
+        assert (image.origin, image.get_extent()) == ("lower", [0.5, 3.5, 0.5, 4.5])
+        assert axes.get_ylim() == (0.5, 4.5)
+        assert axes.get_xlabel() == "head"
+        assert shown(axes.get_xticks(), axes.get_xlim()) == [1, 2, 3]
+        assert shown(axes.get_yticks(), axes.get_ylim()) == [1, 2, 3, 4]
+        low, high = image.get_clim()
+        assert -low == high == 0.9, "zero is in the middle, one scale for all steps"
+    assert [axes.get_ylabel() for axes in maps] == ["layer", "", "", ""]
     assert drawn[0].get_suptitle() == "my_run"
-    assert "step 200" in left.get_title()
-    assert [bar.get_ylabel() for bar in bars] == ["φ(g)", "layer"]
-    low, high = image.get_clim()
-    assert -low == high == np.abs(log[-1]["gates"]).max() > np.max(log[-1]["gates"]), "zero is in the middle"
+    assert (colours.get_ylabel(), layers.get_ylabel()) == ("φ(g)", "layer")
     red, blue = image.cmap(1.0), image.cmap(0.0)
     assert red[0] > red[2]
     assert blue[2] > blue[0]
@@ -159,12 +162,22 @@ def test_the_map_shows_the_last_gates_with_the_topmost_layer_on_top(tmp_path, dr
     assert right.get_xlabel() == "step"
 
 
+@pytest.mark.parametrize(
+    ("validations", "mapped"), [(1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (6, [1, 2, 4, 5]), (9, [2, 4, 6, 8])]
+)
+def test_the_maps_are_of_steps_evenly_spaced_with_the_last_among_them(tmp_path, drawn, validations, mapped):
+    lines = [{"step": step, "gates": [[0.1 * step, 0.2]]} for step in range(validations)]
+    draw_gates(write_log(tmp_path, lines), tmp_path / "gates.png")
+    maps = [axes for axes in drawn[0].axes if axes.get_images() and axes.get_xlabel() == "head"]
+    assert [axes.get_title() for axes in maps] == [f"step {step}" for step in mapped]
+
+
 def test_the_lines_are_each_layers_mean_size(tmp_path, drawn):
     """The mean of the signed gates would hide a layer whose heads pull both ways."""
     log = run_log(layers=4, heads=3)
     draw_gates(write_log(tmp_path, log), tmp_path / "gates.png")
     expected = {line["step"]: np.abs(line["gates"]).mean(axis=1) for line in log if "gates" in line}
-    lines = drawn[0].axes[1].get_lines()
+    lines = drawn[0].axes[4].get_lines()
     assert len(lines) == 4
     for layer, line in enumerate(lines):
         assert list(line.get_xdata()) == list(expected)
@@ -174,7 +187,7 @@ def test_the_lines_are_each_layers_mean_size(tmp_path, drawn):
     assert [sum(colour[:3]) for colour in colours] == sorted(sum(colour[:3]) for colour in colours), (
         "from dark to light"
     )
-    assert drawn[0].axes[1].get_ylim()[0] == 0
+    assert drawn[0].axes[4].get_ylim()[0] == 0
 
 
 def test_layers_are_numbered_as_the_base_models_where_the_log_says_of_how_many(tmp_path, drawn):
@@ -183,16 +196,18 @@ def test_layers_are_numbered_as_the_base_models_where_the_log_says_of_how_many(t
     numbers = [shown(figure.axes[0].get_yticks(), figure.axes[0].get_ylim()) for figure in drawn]
     assert numbers == [[27, 28, 29, 30], [1, 2, 3, 4]]
     assert drawn[0].axes[0].get_images()[0].get_extent()[2:] == [26.5, 30.5]
-    assert drawn[0].axes[3].get_ylim() == (27, 30)
+    assert drawn[0].axes[-1].get_ylim() == (27, 30)
 
 
 @pytest.mark.parametrize("layers", [1, 5])
 def test_one_gate_a_layer(tmp_path, drawn, layers):
     draw_gates(write_log(tmp_path, run_log(layers=layers, heads=1)), tmp_path / "gates.png")
-    left, right, *bars = drawn[0].axes
-    assert left.get_images()[0].get_array().shape == (layers, 1)
-    assert left.get_xlabel() == "all heads"
-    assert len(left.get_xticks()) == 0
+    *maps, right = drawn[0].axes[:5]
+    bars = drawn[0].axes[5:]
+    for axes in maps:
+        assert axes.get_images()[0].get_array().shape == (layers, 1)
+        assert axes.get_xlabel() == "all heads"
+        assert len(axes.get_xticks()) == 0
     assert right.get_title() == "|φ(g)| of each layer"
     assert len(bars) == (2 if layers > 1 else 1), "a scale of one layer says nothing"
 
@@ -265,7 +280,7 @@ def test_pictures_are_written_whole_and_nothing_else_is(tmp_path):
     assert draw_gates(log, tmp_path / "gates.png")
     bands(named, tmp_path / "bands.png", xlabel="step", ylabel="loss", title="$ \\bad $")
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["bands.png", "gates.png", "loss.png"]
-    for name, size in {"loss": (960, 600), "gates": (1200, 576), "bands": (960, 576)}.items():
+    for name, size in {"loss": (960, 600), "gates": (1224, 576), "bands": (960, 576)}.items():
         with Image.open(tmp_path / f"{name}.png") as image:
             assert (image.format, image.size) == ("PNG", size)
             assert len(image.convert("RGB").getcolors(1 << 24)) > 50, "an empty picture has one colour"

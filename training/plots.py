@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 DOTS_PER_INCH = 120
 SMOOTHING = 25  # a running mean is over this fraction of the curve
+MAPS = 4  # of the gates, evenly spaced over a run, its end among them
 FEW_POINTS = 30  # so many are drawn as points joined by a line
 
 
@@ -79,7 +80,7 @@ def draw_loss(log: Path, out: Path) -> bool:
 
 
 def draw_gates(log: Path, out: Path) -> bool:
-    """Draws phi(g): the last values of every layer and head, and the mean size of each layer's over the steps.
+    """Draws phi(g) over time: maps of every layer and head at up to `MAPS` steps, and the mean size of each layer's.
 
     Layers are numbered from the base model's first where the log's first line has `base_layers`, else from the lowest
     adapted one.
@@ -95,8 +96,6 @@ def draw_gates(log: Path, out: Path) -> bool:
         FileNotFoundError: There is no such log.
         ValueError: A line of it is not a JSON object, or two lines have gates of different shapes.
     """
-    from matplotlib.colors import Normalize
-
     lines = _read_log(log)
     by_step = sorted({line["step"]: line["gates"] for line in lines if "gates" in line}.items())
     if not by_step:
@@ -110,49 +109,62 @@ def draw_gates(log: Path, out: Path) -> bool:
     base_layers = next((line["base_layers"] for line in lines if "base_layers" in line), layers)
     numbers = np.arange(base_layers - layers, base_layers) + 1  # [L]
 
-    figure = _figure(10.0, 4.8, _run_name(log))
-    wide = min(2.4, 0.35 + 0.16 * heads)  # of one gate a layer a wide map would be stripes
-    left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": (wide, 3)})
-    last = gates[-1]
-    limit = np.abs(last).max() or 1.0  # gates that have not left zero are white, not an empty range
-    image = left.imshow(
-        last,
-        cmap="RdBu_r",
-        vmin=-limit,
-        vmax=limit,
-        aspect="auto",
-        origin="lower",  # the topmost layer on top
-        extent=(0.5, heads + 0.5, numbers[0] - 0.5, numbers[-1] + 0.5),
-        interpolation="nearest",
-    )
-    figure.colorbar(image, ax=left, label="φ(g)", aspect=35)
-    left.set_title(f"gates at step {steps[-1]}", fontsize="medium")
-    left.set_ylabel("layer")
-    _whole_numbers(left, axis="y")
-    if heads > 1:
-        left.set_xlabel("head")
-        _whole_numbers(left)
-    else:
-        left.set_xlabel("all heads")
-        left.set_xticks([])
+    mapped = np.unique(np.linspace(0, len(steps) - 1, MAPS + 1).round().astype(int)[1:])  # the last is always there
+    wide = min(1.3, 0.35 + 0.1 * heads)  # of one gate a layer a wide map would be stripes
+    figure = _figure(5.0 + 2.0 * wide * len(mapped), 4.8, _run_name(log))
+    *maps, right = figure.subplots(1, len(mapped) + 1, gridspec_kw={"width_ratios": (*(wide for _ in mapped), 2.5)})
+    _draw_maps(figure, maps, [steps[index] for index in mapped], gates[mapped], numbers)
+    _draw_sizes(figure, right, steps, np.abs(gates).mean(axis=2), numbers)
+    right.set_title("mean |φ(g)| of each layer" if heads > 1 else "|φ(g)| of each layer", fontsize="medium")
+    _write(figure, out)
+    return True
 
-    size = np.abs(gates).mean(axis=2)  # [S, L]
+
+def _draw_maps(figure: Figure, maps: Sequence[Axes], steps: Sequence[int], gates: np.ndarray, numbers: np.ndarray):
+    """A map of layers by heads for each of the steps, all in one scale; gates [S, L, H], numbers of the layers [L]."""
+    heads = gates.shape[2]
+    limit = np.abs(gates).max() or 1.0  # gates that have not left zero are white, not an empty range
+    for axes, step, values in zip(maps, steps, gates, strict=True):
+        image = axes.imshow(
+            values,
+            cmap="RdBu_r",
+            vmin=-limit,
+            vmax=limit,
+            aspect="auto",
+            origin="lower",  # the topmost layer on top
+            extent=(0.5, heads + 0.5, numbers[0] - 0.5, numbers[-1] + 0.5),
+            interpolation="nearest",
+        )
+        axes.set_title(f"step {step}", fontsize="medium")
+        _whole_numbers(axes, axis="y")
+        axes.tick_params(labelleft=axes is maps[0])
+        if heads > 1:
+            axes.set_xlabel("head")
+            _whole_numbers(axes)
+        else:
+            axes.set_xlabel("all heads")
+            axes.set_xticks([])
+    maps[0].set_ylabel("layer")
+    figure.colorbar(image, ax=maps[-1], label="φ(g)", aspect=35)
+
+
+def _draw_sizes(figure: Figure, axes: Axes, steps: Sequence[int], size: np.ndarray, numbers: np.ndarray):
+    """The lines of each layer's mean size over the steps; size [S, L], numbers of the layers [L]."""
+    from matplotlib.colors import Normalize
+
     colours = _colour_map("viridis", 0.0, 0.93)  # its last yellows are hard to see on white
     scale = Normalize(numbers[0], numbers[-1])
     for layer, number in enumerate(numbers):
-        right.plot(steps, size[:, layer], color=colours(scale(number)), linewidth=1.2, **_marker(steps))
-    if layers > 1:
+        axes.plot(steps, size[:, layer], color=colours(scale(number)), linewidth=1.2, **_marker(steps))
+    if len(numbers) > 1:
         from matplotlib.cm import ScalarMappable
 
-        bar = figure.colorbar(ScalarMappable(scale, colours), ax=right, label="layer", aspect=35)
+        bar = figure.colorbar(ScalarMappable(scale, colours), ax=axes, label="layer", aspect=35)
         _whole_numbers(bar.ax, axis="y")
-    right.set_title("mean |φ(g)| of each layer" if heads > 1 else "|φ(g)| of each layer", fontsize="medium")
-    right.set_xlabel("step")
-    right.set_ylim(bottom=0)
-    _whole_numbers(right)
-    _tidy(right)
-    _write(figure, out)
-    return True
+    axes.set_xlabel("step")
+    axes.set_ylim(bottom=0)
+    _whole_numbers(axes)
+    _tidy(axes)
 
 
 def bands(named: Mapping[str, Sequence[Curve]], out: Path, *, xlabel: str, ylabel: str, title: str) -> None:
