@@ -35,7 +35,7 @@ def add_endpoints(tasks: Tasks) -> None:
         image: str | None, question: str, choices: list | None, adapter: str, strength: float, settings: dict | None
     ) -> dict[str, Any]:
         """Answers a question: {"text"}, and with choices {"text", "index", "probabilities"}."""
-        how, options = _object(settings), [str(choice) for choice in _list("choices", choices)]
+        how, options = _object(settings), _texts(choices)
         got = _last(tasks.ask(image, question, [Side(adapter, strength)], how, options)).answers[0]
         if not got.choices:
             return {"text": got.text}
@@ -59,14 +59,21 @@ def add_endpoints(tasks: Tasks) -> None:
 
 def _object(settings: Any) -> dict[str, Any]:
     if not isinstance(settings, dict | None):
-        raise gr.Error(f'Settings must be an object such as {{"beams": 4}}, got {settings!r:.100}.')
+        raise gr.Error('Settings must be an object such as {"beams": 4}.')
     return settings or {}
 
 
 def _list(name: str, given: Any) -> list:
     if not isinstance(given, list | None):
-        raise gr.Error(f"The {name} must be a list, got {given!r:.100}.")
+        raise gr.Error(f"The {name} must be a list.")
     return given or []
+
+
+def _texts(choices: Any) -> list[str]:
+    given = _list("choices", choices)
+    if not all(isinstance(choice, str | int | float) for choice in given):
+        raise gr.Error("The choices must be texts.")
+    return [str(choice) for choice in given]
 
 
 def _last(outcomes: Iterator[Outcome]) -> Outcome:

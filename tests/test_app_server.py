@@ -311,6 +311,40 @@ def test_no_path_on_the_server_can_be_given_as_an_upload(app, http, secret):
     assert len(service.jobs) == before
 
 
+def test_a_picture_of_the_servers_own_is_no_upload(app, http, tmp_path):
+    """It could be read, which a text cannot: the path itself is refused, wherever in a request it stands."""
+    url, service = app
+    before = len(service.jobs)
+    picture = tmp_path / "private.png"
+    picture.write_bytes(png())
+    given = {"path": str(picture), "meta": {"_type": "gradio.FileData"}}
+    requests = {
+        "caption": [[given, "caption", 1, {}], [given | {"is_stream": True}, "caption", 1, {}], [None, given, 1, {}]],
+        "answer": [[None, "Which?", [given, given], "caption", 1, {}], [None, "Which?", None, "caption", 1, [given]]],
+        "chat": [["Hi", [{"role": "user", "content": given}], None, "auto", 1, {}], ["Hi", given, None, "auto", 1, {}]],
+    }
+    for name, calls in requests.items():
+        for data in calls:
+            call = http.post(f"{url}/gradio_api/call/{name}", json={"data": data})
+            told = http.get(f"{url}/gradio_api/call/{name}/{call.json()['event_id']}").text
+            assert "event: error" in told, data
+            assert str(picture.parent) not in told
+            assert "gradio" not in told, "no copy of it is told"
+    assert len(service.jobs) == before
+
+
+def test_an_upload_among_the_choices_is_no_text(app, http):
+    """An uploaded file is one that may be named, but a choice is a text, and no error tells where the file lies."""
+    url, service = app
+    (path,) = http.post(f"{url}/gradio_api/upload", files={"files": ("x.png", png())}).json()
+    upload = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    for data in ([None, "Which?", [upload, "b"], "caption", 1, {}], [None, "Which?", upload, "caption", 1, {}]):
+        call = http.post(f"{url}/gradio_api/call/answer", json={"data": data})
+        told = http.get(f"{url}/gradio_api/call/answer/{call.json()['event_id']}").text
+        assert "event: error" in told
+        assert path not in told
+
+
 def test_an_uploaded_file_runs_nothing(app, http):
     url, _ = app
     script = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
