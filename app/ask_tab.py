@@ -12,7 +12,7 @@ from app import controls
 from app.picture import opener, picture_input, sample_buttons
 from app.questions import Asked, View, ask
 from app.render import empty, outcome_html
-from app.tasks import Tasks, examples
+from app.tasks import Current, Tasks, examples
 
 # Of a shipped adapter, as its README has them.
 LIMITS = {
@@ -32,7 +32,7 @@ def build_ask_tab(tasks: Tasks) -> None:
             picture = picture_input("Picture to ask about", elem_id="ask-picture")
             sample_buttons(picture)
         with gr.Column(scale=6, min_width=300):
-            current, outcome, latest = controls.new_current(), gr.State(None), gr.State(None)
+            current, outcome, latest = gr.State(Current()), gr.State(None), gr.State(None)
             history = gr.State(())  # what stands below the answer, the latest first
             pending = gr.State("")  # what is asked as soon as the picture is there
             question = gr.Textbox(

@@ -10,7 +10,7 @@ import gradio as gr
 from app import controls
 from app.picture import picture_input, sample_buttons
 from app.render import empty, files_html
-from app.tasks import MOST_CAPTIONS, Tasks, as_a_turn
+from app.tasks import MOST_CAPTIONS, Current, Tasks, as_a_turn
 
 HINT = empty("Captions appear here", "Choose a picture, or click one of the samples.")
 
@@ -22,7 +22,7 @@ def build_caption_tab(tasks: Tasks) -> None:
             picture = picture_input("Picture to caption", elem_id="caption-picture")
             sample_buttons(picture)
         with gr.Column(scale=6, min_width=300):
-            current, outcome = controls.new_current(), gr.State(None)
+            current, outcome = gr.State(Current()), gr.State(None)
             with gr.Row(elem_classes="actions"):  # above what grows, so that Stop stays where it is
                 go = gr.Button("Caption", variant="primary", scale=3, elem_id="caption-go")
                 stop = controls.stop_button(current)
@@ -66,7 +66,7 @@ def build_caption_tab(tasks: Tasks) -> None:
 def _many_files(tasks: Tasks, model: list, decoding: list) -> None:
     """Many files at once, with the adapter and settings above."""
     with gr.Accordion("Many pictures at once", open=False, elem_id="caption-many"):
-        current = controls.new_current()
+        current = gr.State(Current())
         files = gr.File(
             file_count="multiple", file_types=["image"], label="Pictures", height=150, elem_id="caption-files"
         )

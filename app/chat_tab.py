@@ -12,7 +12,7 @@ from app.conversation import Setting, Talk, View, begin_anew, judge, say, say_ag
 from app.outcome import Outcome, Side
 from app.picture import picture_input
 from app.render import AS_WRITTEN, chat_text, problem, side_name, status_text
-from app.tasks import Tasks
+from app.tasks import Current, Tasks
 
 STARTERS = ("Tell me about alpacas.", "Write a haiku about rain.", "Why is the sky blue?")
 HEIGHT = 480
@@ -41,7 +41,7 @@ def status_html(outcome: Outcome) -> str:
 
 def build_chat_tab(tasks: Tasks) -> None:
     """Builds the tab inside the tabs that are open."""
-    current, outcome, talk = controls.new_current(), gr.State(None), gr.State(())
+    current, outcome, talk = gr.State(Current()), gr.State(None), gr.State(())
     with gr.Row(equal_height=False):
         with gr.Column(scale=8, min_width=300):
             with gr.Row(elem_classes="chats"):

@@ -139,11 +139,6 @@ def stop_button(current: gr.State) -> gr.Button:
     return stop
 
 
-def new_current() -> gr.State:
-    """A tab that is closed takes its run with it."""
-    return gr.State(Current(), delete_callback=lambda current: current.stop())
-
-
 def judge_row(tasks: Tasks, outcome: gr.State) -> Callable[[Any], None]:
     """Thumbs and a comment on the answer, or on the chosen one of several; nothing where feedback is not kept.
 
@@ -198,7 +193,7 @@ def inside_panel(tasks: Tasks, outcome: gr.State) -> Callable[..., Any]:
     hint = empty("Look inside", "Ask something; then this shows what the adapter did to the answer.")
     with gr.Accordion("Look inside: gates, attention, scales", open=False) as accordion:
         view = gr.HTML(hint)
-    is_open, current = gr.State(False), new_current()
+    is_open, current = gr.State(False), gr.State(Current())
 
     def look(shown: Outcome | None, running: Current) -> str:
         if shown is None or not shown.answers or not shown.done or shown.error:

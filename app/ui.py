@@ -11,7 +11,7 @@ from app.caption_tab import build_caption_tab
 from app.chat_tab import build_chat_tab
 from app.endpoints import add_endpoints
 from app.picture import keep_remote_out
-from app.tasks import Tasks
+from app.tasks import Current, Tasks
 
 TITLE = "mmadapter"
 TABS = {"caption": ("Caption", build_caption_tab), "ask": ("Ask", build_ask_tab), "chat": ("Chat", build_chat_tab)}
@@ -42,7 +42,15 @@ def build_page(tasks: Tasks) -> gr.Blocks:
             wanted = request.query_params.get("tab", "")
             return gr.Tabs(selected=wanted) if wanted in TABS else gr.skip()  # whoever clicked meanwhile stays there
 
+        def closed(request: gr.Request) -> None:
+            """Ends what a tab that was closed has running: captions, answers and looks inside."""
+            session = page.state_holder.session_data.get(request.session_hash)
+            for value in [*session.state_data.values()] if session else ():
+                if isinstance(value, Current):
+                    value.leave()
+
         page.load(opened, None, tabs, queue=False, show_progress="hidden", api_visibility="private")
+        page.unload(closed)
     page.max_threads = THREADS  # each answer that is waited for holds one, and Stop needs one, too
     page.queue(default_concurrency_limit=None, max_size=None)
     keep_remote_out(page)

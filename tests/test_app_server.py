@@ -6,7 +6,8 @@ import base64
 import io
 import re
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -389,3 +390,34 @@ def test_what_to_open():
             assert wanted is None or url.startswith(f"http://{wanted}:")
         finally:
             bound.close()
+
+
+def test_a_closed_tab_ends_what_it_has_running(app, http):
+    """A caption on its way yields nothing for a while; the tab's heartbeat is what tells that nobody waits for it."""
+    url, service = app
+    config = http.get(f"{url}/config").json()
+    (go,) = (part["id"] for part in config["components"] if part["props"].get("elem_id") == "caption-go")
+    (event,) = (one for one in config["dependencies"] if [go, "click"] in [[*target] for target in one["targets"]])
+    values = {part["id"]: part["props"].get("value") for part in config["components"]}
+    (path,) = http.post(f"{url}/gradio_api/upload", files={"files": ("x.png", png())}).json()
+    data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, *(values[place] for place in event["inputs"][1:])]
+    asked = {"data": data, "fn_index": event["id"], "session_hash": "closing", "trigger_id": go}
+    before = len(service.runs)
+    service.hold.clear()
+    try:
+        with http.stream("GET", f"{url}/gradio_api/heartbeat/closing") as heartbeat:
+            lines = heartbeat.iter_lines()
+            assert next(lines) == "data: ALIVE"
+            assert http.post(f"{url}/gradio_api/queue/join", json=asked).status_code == 200
+            until(lambda: len(service.runs) > before)
+            assert not service.runs[before].cancelled.is_set()
+        until(service.runs[before].cancelled.is_set)
+    finally:
+        service.hold.set()
+
+
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end, "it did not happen within 30 s"
+        time.sleep(0.01)
