@@ -44,9 +44,9 @@ def build_caption_tab(tasks: Tasks) -> None:
     panel = controls.Panel(result, outcome, stop)
     inputs = [picture, current, count, *model, *decoding]
 
-    def write(path: str | None, running: Any, number: int, *values: Any) -> Iterator[dict]:
+    def write(path: str | None, running: Any, number: int | None, *values: Any) -> Iterator[dict]:
         who, how = controls.sides(*values[:4]), controls.settings(*values[4:])
-        outcomes = as_a_turn(tasks.caption(path, who, how, int(number), running), running)
+        outcomes = as_a_turn(tasks.caption(path, who, how, int(number or 1), running), running)
         yield from map(panel.shown, outcomes)
 
     def arrived(path: str | None, *values: Any) -> Iterator[dict]:

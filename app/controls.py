@@ -58,10 +58,14 @@ def model_controls(tasks: Tasks, task: str) -> list[Component]:
     return [adapter, power, against, against_power]
 
 
-def sides(adapter: str, strength: float, against: str, against_strength: float) -> list[Side]:
-    """Who is asked."""
-    first = Side(adapter, float(strength))
-    return [first] if against in (None, NOBODY) else [first, Side(against, float(against_strength))]
+def sides(adapter: str, strength: float | None, against: str, against_strength: float | None) -> list[Side]:
+    """Who is asked; a strength that was emptied is 1."""
+
+    def side(name: str, factor: float | None) -> Side:
+        return Side(name, 1.0 if factor is None else float(factor))
+
+    first = side(adapter, strength)
+    return [first] if against in (None, NOBODY) else [first, side(against, against_strength)]
 
 
 def decoding_controls(tasks: Tasks, task: str) -> list[Component]:
@@ -87,15 +91,17 @@ def decoding_controls(tasks: Tasks, task: str) -> list[Component]:
     return [temperature, top_p, length, seed, beams]
 
 
-def settings(temperature: float, top_p: float, length: float, seed: float | None, beams: float) -> dict[str, Any]:
-    """Fields of `Sampling`."""
-    return {
-        "temperature": float(temperature),
-        "top_p": float(top_p),
-        "max_new_tokens": int(length),
-        "seed": int(seed or 0),
-        "beams": int(beams),
+def settings(
+    temperature: float | None, top_p: float | None, length: float | None, seed: float | None, beams: float | None
+) -> dict[str, Any]:
+    """Fields of `Sampling`; what was emptied is the adapter's own, the seed 0."""
+    given = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_new_tokens": None if length is None else int(length),
+        "beams": None if beams is None else int(beams),
     }
+    return {name: value for name, value in given.items() if value is not None} | {"seed": int(seed or 0)}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from app.outcome import AUTOMATIC, Outcome, Side
-from app.picture import picture_input
+from app.picture import Refusal, picture_input
 from app.tasks import Tasks
 
 
@@ -59,20 +59,20 @@ def add_endpoints(tasks: Tasks) -> None:
 
 def _object(settings: Any) -> dict[str, Any]:
     if not isinstance(settings, dict | None):
-        raise gr.Error('Settings must be an object such as {"beams": 4}.')
+        raise Refusal('Settings must be an object such as {"beams": 4}.')
     return settings or {}
 
 
 def _list(name: str, given: Any) -> list:
     if not isinstance(given, list | None):
-        raise gr.Error(f"The {name} must be a list.")
+        raise Refusal(f"The {name} must be a list.")
     return given or []
 
 
 def _texts(choices: Any) -> list[str]:
     given = _list("choices", choices)
     if not all(isinstance(choice, str | int | float) for choice in given):
-        raise gr.Error("The choices must be texts.")
+        raise Refusal("The choices must be texts.")
     return [str(choice) for choice in given]
 
 
@@ -83,5 +83,5 @@ def _last(outcomes: Iterator[Outcome]) -> Outcome:
 
 def _checked(outcome: Outcome) -> Outcome:
     if outcome.error:
-        raise gr.Error(outcome.error)
+        raise Refusal(outcome.error)
     return outcome

@@ -13,6 +13,13 @@ from app.tasks import examples
 NAMES = {"astronaut": "Astronaut", "chelsea": "Cat", "coffee": "Coffee", "hopper": "Admiral", "rocket": "Rocket"}
 
 
+class Refusal(gr.Error):
+    """A sentence for whoever asked; it is no failure, and the log keeps no traceback of it."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence, print_exception=False)
+
+
 def picture_input(label: str, height: int = 330, **options: object) -> gr.Image:
     """Takes a picture by drop, paste, file or camera; handlers get the path of the upload.
 
@@ -62,7 +69,7 @@ def keep_remote_out(page: gr.Blocks) -> None:
 def _local_only(move: Callable) -> Callable:
     async def local_only(path: str | Path | None) -> str | None:
         if str(path or "").lower().startswith(("http:", "https:")):
-            raise gr.Error("Pictures from the web are not fetched here; send the file itself.")
+            raise Refusal("Pictures from the web are not fetched here; send the file itself.")
         return await move(path)
 
     return local_only

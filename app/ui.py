@@ -54,5 +54,5 @@ def build_page(tasks: Tasks) -> gr.Blocks:
     page.max_threads = THREADS  # each answer that is waited for holds one, and Stop needs one, too
     page.queue(default_concurrency_limit=None, max_size=None)
     keep_remote_out(page)
-    page.has_launched = page.is_running = True  # or Gradio would let a request name any file of the server's as an upload
+    page.has_launched = page.is_running = True  # else Gradio lets a request name any file of the server's as an upload
     return page

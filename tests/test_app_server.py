@@ -336,7 +336,7 @@ def test_a_picture_of_the_servers_own_is_no_upload(app, http, tmp_path):
 
 def test_an_upload_among_the_choices_is_no_text(app, http):
     """An uploaded file is one that may be named, but a choice is a text, and no error tells where the file lies."""
-    url, service = app
+    url, _ = app
     (path,) = http.post(f"{url}/gradio_api/upload", files={"files": ("x.png", png())}).json()
     upload = {"path": path, "meta": {"_type": "gradio.FileData"}}
     for data in ([None, "Which?", [upload, "b"], "caption", 1, {}], [None, "Which?", upload, "caption", 1, {}]):
