@@ -128,8 +128,8 @@ def begin_anew(current: Current) -> View:
 
 
 def judge(tasks: Tasks, talk: Talk, turn: int, side: int, verdict: str | None) -> str:
-    """Keeps a judgement on an answer, "up" or "down"; returns a sentence to show."""
+    """Keeps a judgement on an answer, "up", "down", or None where it is taken back; returns a sentence to show."""
     answer = talk[turn].answer(side) if turn < len(talk) else None
     if answer is None:
         return "There is no answer to judge yet."
-    return tasks.judge(answer, verdict) if verdict else "The judgement was taken back."
+    return tasks.judge(answer, verdict)

@@ -158,6 +158,7 @@ class ChatRequest(BaseModel):
             "repetition_penalty": self.repetition_penalty,
             "stop": tuple(self.stop) if self.stop else None,
             "seed": self.seed if not answer else (self.seed or 0) + answer,
+            "beams": 1 if self.stream else None,  # a search has nothing to show before its end
         }
         return {name: value for name, value in settings.items() if value is not None}
 

@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
-from threading import Event
+from threading import Event, Semaphore
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from PIL import Image
 
@@ -27,6 +28,7 @@ from mmadapter.wording import task_sampling
 if TYPE_CHECKING:
     from mmadapter.inspection import Inside
 
+DECODED_AT_ONCE = 4  # pictures: a large one takes a hundred megabytes meanwhile
 AT_ONCE = 8  # files of a batch that are given to the service together
 MOST_FILES = 1000
 MOST_CAPTIONS = 5
@@ -118,6 +120,8 @@ class Tasks:
 
     def __init__(self, service: Service, *, limits: Limits | None = None, feedback: Feedback | None = None) -> None:
         self.service, self.limits, self.feedback = service, limits or Limits(), feedback
+        self._pictures: WeakValueDictionary[str, Image.Image] = WeakValueDictionary()  # as long as an answer has them
+        self._decoding = Semaphore(DECODED_AT_ONCE)
 
     @property
     def adapters(self) -> list[AdapterInfo]:
@@ -223,6 +227,7 @@ class Tasks:
             yield shown(True, "Please choose some pictures first.")
             return
         yield shown()
+        waits = ""
         for first in range(0, len(rows), AT_ONCE):
             places, answers = [], []
             for place in range(first, min(first + AT_ONCE, len(rows))):
@@ -238,11 +243,12 @@ class Tasks:
                     rows[place] = dataclasses.replace(rows[place], picture=thumbnail(image))
             try:
                 for outcome in self._patiently(answers, current, stopped):
-                    before = shown().done
+                    before = (shown().done, waits)
                     for place, answer in zip(places, outcome.answers, strict=True):
                         rows[place] = _row(rows[place], answer)
-                    if shown().done > before:
-                        yield shown()
+                    waits = _waits(outcome)
+                    if (shown().done, waits) != before:
+                        yield shown(note=waits or note)
             except Exception as error:  # noqa: BLE001 - as of the other tasks
                 yield shown(True, self.sentence(error))
                 return
@@ -273,7 +279,11 @@ class Tasks:
             raise ValueError("This look inside was ended; open it again.") from error
 
     def judge(self, answer: Answer, verdict: str | None, comment: str = "") -> str:
-        """Keeps what a person thinks of an answer; returns a sentence to show."""
+        """Keeps what a person thinks of an answer; returns a sentence to show.
+
+        Args:
+            verdict: "up" or "down"; None comes with a comment alone, or takes a judgement back.
+        """
         if self.feedback is None:
             return "Feedback is not kept here."
         job = answer.job
@@ -292,7 +302,9 @@ class Tasks:
             )
         except Exception as error:  # noqa: BLE001 - as of the other tasks
             return f"The feedback could not be kept: {self.sentence(error)}"
-        return "Thank you, your comment is kept." if comment.strip() else "Thank you, that is kept."
+        if comment.strip():
+            return "Thank you, your comment is kept."
+        return "Thank you, that is kept." if verdict else "The judgement was taken back."
 
     def sentence(self, error: Exception) -> str:
         """An error as one line to show: one that is not made for people as a code, under which the log has it."""
@@ -300,9 +312,14 @@ class Tasks:
         return sentence(error if foreseen else self.service.failure(error))
 
     def _read(self, picture: str | Path | None, what: str) -> Image.Image:
+        """A picture, decoded once for all answers that have it; uploads lie under a hash of their content."""
         if picture is None:
             raise ValueError(f"Please choose {what or 'a picture'} first.")
-        return read_upload(picture, self.limits)
+        image = self._pictures.get(str(picture))
+        if image is None:
+            with self._decoding:
+                image = self._pictures[str(picture)] = read_upload(picture, self.limits)
+        return image
 
     def _answer(
         self, task: str, side: Side, settings: Mapping[str, Any], image: Image.Image | None, **asked: Any
@@ -356,6 +373,7 @@ class Tasks:
             except Busy as busy:
                 if time.monotonic() > until:
                     raise
+                yield Outcome(tuple(dataclasses.replace(answer, seconds=busy.seconds) for answer in answers))
                 stopped.wait(min(max(busy.seconds, 0.5), 5.0))
 
 
@@ -377,6 +395,14 @@ def sentence(error: Exception) -> str:
         return f"The file cannot be read: {error.strerror}."
     text = " ".join(str(error).split()) or type(error).__name__
     return text[0].upper() + text[1:]
+
+
+def _waits(outcome: Outcome) -> str:
+    """What a batch says while none of its captions has begun."""
+    if any(answer.state != "waiting" for answer in outcome.answers):
+        return ""
+    seconds = max(answer.seconds for answer in outcome.answers)
+    return f"Others are served first: about {seconds:.0f} s." if seconds >= 1 else ""
 
 
 def _row(row: FileRow, answer: Answer) -> FileRow:

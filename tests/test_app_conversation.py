@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -130,11 +131,13 @@ def test_turns_that_the_server_does_not_know_are_told(tasks: Tasks, service: Fak
     assert service.runs == []
 
 
-def test_a_judgement_is_kept_or_taken_back(tasks: Tasks) -> None:
+def test_a_judgement_is_kept_or_taken_back(tasks: Tasks, tmp_path: Path) -> None:
     talk = said(tasks, "one", sides=TWO)
     assert judge(tasks, talk, 0, 1, "up") == "Thank you, that is kept."
     assert '"adapter": "none"' in tasks.feedback.path.read_text()
     assert judge(tasks, talk, 0, 1, None) == "The judgement was taken back."
+    lines = (tmp_path / "feedback.jsonl").read_text().splitlines()
+    assert [json.loads(line)["verdict"] for line in lines] == ["up", None]
     assert judge(tasks, (Turn("one"),), 0, 0, "down") == "There is no answer to judge yet."
 
 

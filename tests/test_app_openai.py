@@ -253,6 +253,14 @@ def test_a_stream_gives_the_whole_answer_in_pieces(client):
     assert without[-1].choices[0].finish_reason == "stop"
 
 
+def test_a_stream_does_not_search_by_beams(client, service):
+    """It would come in one piece at the end."""
+    picture = data_uri(tiny_session.picture(0))
+    for fields in ({"stream": True}, {}):
+        list(ask(client, user("", picture), **fields))
+    assert [job.settings.get("beams") for job in service.jobs] == [1, None]
+
+
 def test_a_stream_of_several_answers(client):
     texts = ["", ""]
     for chunk in ask(client, "a b", stream=True, n=2):

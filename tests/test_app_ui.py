@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import re
@@ -280,6 +281,30 @@ def test_files(tasks: Tasks, service: FakeService, photo: Path, tmp_path: Path) 
     assert 'download="captions.csv"' in html
     assert 'download="captions.jsonl"' in html
     assert html.count("<tr>") == AT_ONCE + 3
+
+
+def test_a_batch_says_how_long_it_waits(tasks: Tasks, service: FakeService, photo: Path) -> None:
+    service.busy = 1
+    states = list(tasks.files([photo], CAPTION, GREEDY))
+    notes = [state.note for state in states]
+    assert notes[0] == notes[-1] == ""
+    assert "Others are served first: about 4 s." in notes  # of the full queue
+    assert "Others are served first: about 3 s." in notes  # of its place in it
+    assert "about 3 s" in files_html(next(state for state in states if state.note.endswith("3 s.")))
+
+
+def test_questions_about_one_picture_share_it(tasks: Tasks, service: FakeService, photo: Path) -> None:
+    """Decoded once, and no longer in memory than an answer that refers to it."""
+    answers = [last(tasks.ask(photo, word, [CAPTION], GREEDY)).answers[0] for word in ("a", "b")]
+    assert answers[0].job.image is answers[1].job.image
+    other = photo.with_name("other.png")
+    Image.new("RGB", (8, 8)).save(other)
+    assert last(tasks.caption(other, [CAPTION], GREEDY)).answers[0].job.image.size == (8, 8)
+    del answers
+    service.runs.clear()
+    service.made.clear()
+    gc.collect()
+    assert [*tasks._pictures] == []
 
 
 def test_a_stopped_batch_keeps_what_is_done(tasks: Tasks, photo: Path) -> None:
