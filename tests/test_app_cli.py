@@ -46,16 +46,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tiny_session.Tiny:
 
 
 class Served:
-    """`python -m app` in a process of its own, on the tiny base with the adapter that sees, called "caption"."""
+    """`python -m app` in a process of its own."""
 
-    def __init__(self, tiny: tiny_session.Tiny, folder: Path, *words: str) -> None:
-        shutil.copytree(tiny.sees, folder / "caption")
+    def __init__(self, folder: Path, *words: object, **places: Path) -> None:
         self.log, self.uploads = folder / "log.jsonl", folder / "temporary"
         self.uploads.mkdir()
-        command = ["--llama", tiny.llama, "--adapter", folder / "caption", "--port", "0", "--log", self.log, *words]
-        places = {"HOME": folder, "TMPDIR": self.uploads, "MMADAPTER_CACHE": folder / "cache"}
+        places["TMPDIR"] = self.uploads
         self.process = subprocess.Popen(
-            [sys.executable, "-c", WATCHED, *map(str, command), "--dtype", "float32"],
+            [sys.executable, "-c", WATCHED, "--port", "0", "--log", str(self.log), *map(str, words)],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), **{name: str(path) for name, path in places.items()}},
             stdout=subprocess.PIPE,
@@ -79,7 +77,11 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    made = Served(tiny, tmp_path_factory.mktemp("served"))
+    """On the tiny base with the adapter that sees, called "caption"."""
+    folder = tmp_path_factory.mktemp("served")
+    shutil.copytree(tiny.sees, folder / "caption")
+    words = ["--llama", tiny.llama, "--adapter", folder / "caption", "--dtype", "float32"]
+    made = Served(folder, *words, HOME=folder, MMADAPTER_CACHE=folder / "cache")
     yield made
     if made.process.returncode is None:
         made.interrupt()
@@ -302,3 +304,29 @@ def test_a_cache_folder_that_cannot_be_written_stops_nothing(monkeypatch, tmp_pa
     assert capsys.readouterr().err.startswith("Feedback is not kept: cannot keep feedback in ")
     with pytest.raises(OSError, match="give a file that can be written"):
         open_feedback(tmp_path / "file" / "feedback.jsonl")
+
+
+@pytest.mark.slow
+def test_the_default_weights_answer_without_a_network(tmp_path):
+    """No option at all: a caption, an answer, and a streamed answer of the API, by the adapters that ship."""
+    from gradio_client import Client, handle_file
+    from openai import OpenAI
+
+    served = Served(tmp_path, "--feedback", "none")
+    try:
+        client = Client(served.url, analytics_enabled=False, verbose=False, download_files=tmp_path / "files")
+        photo = handle_file(str(ROOT / "assets/images/hopper.jpg"))
+        assert len(client.predict(photo, api_name="/caption").split()) > 4
+        answer = client.predict(photo, "What is she wearing?", ["a hat", "a helmet"], api_name="/answer")
+        assert sum(answer["probabilities"]) == pytest.approx(1.0)
+        api = OpenAI(base_url=f"{served.url}/v1", api_key="none")
+        asked = [{"role": "user", "content": "Tell me about alpacas."}]
+        stream = api.chat.completions.create(model="mmadapter", messages=asked, max_tokens=12, stream=True)
+        assert sum(bool(chunk.choices[0].delta.content) for chunk in stream) > 4
+        assert served.interrupt() == "Ended.\n"
+    finally:
+        served.process.kill()
+    told = served.stderr.read_text()
+    assert "adapters: caption, " in told
+    for word in ("CONNECTS", "LOOKS UP", "Traceback"):
+        assert word not in told
