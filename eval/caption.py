@@ -9,23 +9,25 @@ import argparse
 import random
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from eval.caption_metrics import METRICS, CaptionScores, java_version, require_pycocoevalcap, score_captions
+from eval.kept import Answered, Kept, scored_file
 from eval.records import (
     PICTURE_PACKAGES,
+    Start,
     add_out_option,
+    add_result_options,
     check_options,
-    keep,
-    kept_answers,
-    kept_model,
+    check_result_options,
+    images_hash,
     model_identity,
     note,
     prepare_outputs,
     result_record,
+    task_decoding,
+    write_result,
 )
 from mmadapter.captions import (
     CaptionedImage,
@@ -36,7 +38,7 @@ from mmadapter.captions import (
     select_split,
 )
 from mmadapter.options import Parser, add_model_options, load_session, main_with_errors
-from mmadapter.record import file_sha256, write_json
+from mmadapter.record import file_sha256
 
 DESCRIPTION = """\
 python -m eval.caption --annotations dataset_flickr8k.json --predictions captions.jsonl --json scores.json
@@ -58,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(arguments)
     check_options(parser, args, model_only=MODEL_ONLY, from_one=("batch_size", "limit", "beams"))
+    check_result_options(parser, args)
     if (args.adapter is None) != (args.images is None):
         parser.error("--adapter and --images go together: the model needs the pictures")
     command = shlex.join(["python", "-m", "eval.caption", *arguments])
@@ -75,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", metavar="DIR", type=Path, help="folder of the pictures, for --adapter")
     parser.add_argument("--split", help="split of a Karpathy file (default: test); COCO annotations have none")
     parser.add_argument("--limit", metavar="N", type=int, help="score the first N images only")
-    parser.add_argument("--json", metavar="OUT", type=Path, help="write scores, provenance and every caption to OUT")
+    add_result_options(parser, "every caption")
     add_out_option(parser)
     parser.add_argument("--batch-size", metavar="N", type=int, help=f"images at once (default: {BATCH_SIZE})")
     parser.add_argument("--beams", metavar="N", type=int, help="beam search width (default: the adapter's own)")
@@ -90,9 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace, command: str) -> int:
     """Collect the captions, score them, print the table and write the record."""
-    started = time.monotonic()
+    started = Start.now()
     require_pycocoevalcap()
-    prepare_outputs(args.json, args.out)
+    prepare_outputs(args.json, args.examples, args.out)
     known = read_captions(args.annotations)
     split = None
     if known[0].split is not None:
@@ -105,12 +108,14 @@ def run(args: argparse.Namespace, command: str) -> int:
     images = images[: args.limit]
 
     if args.predictions is not None:
-        captions, passed_over = match_predictions(args.predictions, images, known)
-        model = kept_model(args.predictions)
+        matched, passed_over = match_predictions(args.predictions, images, known)
+        names = [image.file_name for image in images]
+        asked = Answered(dict(zip(names, matched, strict=True)), *scored_file(args.predictions, "image", names))
         if passed_over:
             note(f"{passed_over} captions of images that are not scored here are passed over")
     else:
-        captions, model = caption_images(args, images, known)
+        asked = caption_images(args, images, known)
+    captions = [asked.answers[image.file_name] for image in images]
 
     scores = score_captions([image.captions for image in images], captions)
     for metric, reason in scores.left_out.items():
@@ -131,8 +136,10 @@ def run(args: argparse.Namespace, command: str) -> int:
                 "references": sum(len(image.captions) for image in images),
             },
             settings={"split": split, "tokenizer": scores.tokenizer, "left_out": scores.left_out},
-            model=model,
+            model=asked.model,
+            made=asked.made,
             data_hash=file_sha256(args.annotations),
+            images_hash=asked.images_hash,
             predictions=[
                 {"image": image.file_name, "caption": caption, **own}
                 for image, caption, own in zip(images, captions, scores.of_image, strict=True)
@@ -143,26 +150,24 @@ def run(args: argparse.Namespace, command: str) -> int:
             ),
             java=java_version(),
         )
-        write_json(args.json, record)
+        write_result(args, record)
     return 0
 
 
 def caption_images(
     args: argparse.Namespace, images: Sequence[CaptionedImage], known: Sequence[CaptionedImage]
-) -> tuple[list[str], dict[str, Any]]:
-    """The model's caption of each image, and the settings that decided them.
-
-    Those that `--out` already holds are not made again.
-    """
+) -> Answered:
+    """The model's captions by file name; those that `--out` already holds are not made again."""
     paths = {image.file_name: image_path(args.images, image) for image in images}
     shots = draw_shots(args, images, known)
-    model = {**model_identity(args), "beams": args.beams, "shots": shots}
+    identity = model_identity(args)
+    sampling = task_decoding(args.adapter, "caption", {"beams": args.beams})
+    model = {**identity, "beams": sampling["beams"], "sampling": sampling, "shots": shots}
+    older = {**identity, "beams": args.beams, "shots": shots}
     # The base alone does not see: with examples, even none, it is asked all the same, for the score of guessing.
     blind = {"examples": shots} if shots or args.adapter == "none" else {}
-    out = args.out
-    kept = kept_answers(out, model, ("image", "caption"), "caption", "--out", paths)
-    captions = {name: line["caption"] for name, line in kept.items()}
-    todo = [image.file_name for image in images if image.file_name not in captions]
+    kept = Kept(args.out, model, ("image", "caption"), "caption", paths, older)
+    todo = [name for name in paths if name not in kept.answers]
     if todo:
         from tqdm import tqdm
 
@@ -175,10 +180,10 @@ def caption_images(
                 made = session.caption(
                     [paths[name] for name in chunk], batch_size=batch_size, beams=args.beams, **blind
                 )
-                captions.update(zip(chunk, made, strict=True))
-                keep(out, ({"image": name, "caption": captions[name]} for name in chunk), model)
+                kept.add([{"image": name, "caption": caption} for name, caption in zip(chunk, made, strict=True)])
                 bar.update(len(chunk))
-    return [captions[image.file_name] for image in images], model
+    seen = {} if args.adapter == "none" else paths
+    return Answered({name: kept.answers[name]["caption"] for name in paths}, model, kept.made, images_hash(seen))
 
 
 def draw_shots(

@@ -8,17 +8,27 @@ import math
 import random
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.instruct_answers import run_answers
-from eval.records import model_identity, note, prepare_outputs, result_record, sees
+from eval.records import (
+    Start,
+    add_result_options,
+    check_result_options,
+    images_hash,
+    model_identity,
+    note,
+    prepare_outputs,
+    result_record,
+    sees,
+    write_result,
+)
 from mmadapter.captions import read_text
 from mmadapter.options import Parser, add_model_options, load_session, main_with_errors
 from mmadapter.prompts import template
-from mmadapter.record import file_sha256, write_json
+from mmadapter.record import file_sha256
 from mmadapter.rows import BadRow, Row, held_aside, read_rows, require_good
 
 if TYPE_CHECKING:
@@ -56,11 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give either --data FILE or --instructions FILE")
     if args.adapter is None or (args.adapter == "none" and args.instructions is not None):
         parser.error("give --adapter A: it is compared with its base (with --data also none, the base alone)")
-    pairs = {"data": ("json", "images", "held_out", "shots", "batch_tokens"), "instructions": ("out", "max_new_tokens")}
+    pairs = {
+        "data": ("json", "examples", "images", "held_out", "shots", "batch_tokens"),
+        "instructions": ("out", "max_new_tokens"),
+    }
     for mode, names in pairs.items():
         given = [name for name in names if getattr(args, name) is not None]
         if getattr(args, mode) is None and given:
             parser.error(f"--{given[0].replace('_', '-')} goes with --{mode}")
+    check_result_options(parser, args)
     if args.instructions is not None and (args.out is None or args.out.suffix != ".md"):
         parser.error("--instructions needs --out FILE.md for the answers")
     for name in ("batch_tokens", "max_new_tokens"):
@@ -87,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--held-out", metavar="N", type=int, help=f"rows kept aside (default: the run's, or {HELD_OUT})")
     group.add_argument("--shots", type=int, choices=range(4), help="other rows with responses shown before each")
     group.add_argument("--batch-tokens", metavar="N", type=int, help="tokens of a forward pass (default: 2048)")
-    group.add_argument("--json", metavar="OUT", type=Path, help="write scores, provenance and every row's loss to OUT")
+    add_result_options(group, "every row's loss")
     group = parser.add_argument_group("answers")
     group.add_argument("--instructions", metavar="FILE", type=Path, help="JSON lines of instruction and input")
     group.add_argument("--out", metavar="FILE.md", type=Path, help="the answers; FILE.jsonl is written beside it")
@@ -98,8 +112,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_losses(args: argparse.Namespace, command: str) -> int:
     """Measures both models, prints the table and writes the record."""
-    started = time.monotonic()
-    prepare_outputs(args.json)
+    started = Start.now()
+    prepare_outputs(args.json, args.examples)
     for path in args.data:
         read_text(path)  # one that cannot be read is told before a large model is loaded
     session = load_session(args)
@@ -164,13 +178,14 @@ def run_losses(args: argparse.Namespace, command: str) -> int:
             },
             model={**model_identity(args), "template": form, "shots": [shot.where for shot in shots]},
             data_hash=hashes,
+            images_hash=images_hash({row.where: row.image for row in rows if row.image is not None and sees(session)}),
             predictions=[
                 {"where": row.where, "tokens": int(n), "loss": float(own / n), "base_loss": float(other / n)}
                 for row, n, own, other in zip(rows, tokens, adapter, base, strict=True)
             ],
             packages=("tokenizers", "timm"),
         )
-        write_json(args.json, record)
+        write_result(args, record)
     return 0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,14 +21,25 @@ from eval.hipe import (
     read_labels,
     spans_of,
 )
+from eval.kept import UNKNOWN, Made, scored_file
 from eval.ner_metrics import MATCHES, Counts, count_spans, scores
 from eval.ner_model import BATCH_SIZE, MAX_NEW_TOKENS, ask_model
 from eval.ner_texts import OTHER, PROMPTS, REPAIRED, UNPARSED, Parsed, likely_prompt, parse, read_texts
-from eval.records import add_out_option, check_options, kept_model, note, prepare_outputs, result_record
+from eval.records import (
+    Start,
+    add_out_option,
+    add_result_options,
+    check_options,
+    check_result_options,
+    note,
+    prepare_outputs,
+    result_record,
+    write_result,
+)
 from mmadapter.captions import read_text
 from mmadapter.options import Parser, add_model_options, main_with_errors
 from mmadapter.prompts import TEMPLATES
-from mmadapter.record import file_sha256, write_json
+from mmadapter.record import file_sha256
 
 DESCRIPTION = """\
 python -m eval.ner --gold HIPE-2022-v2.1-hipe2020-test-fr.tsv --predictions response.tsv --json scores.json
@@ -56,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_options(
         parser, args, model_only=MODEL_ONLY, from_one=("batch_size", "limit", "max_new_tokens", "passage_words")
     )
+    check_result_options(parser, args)
     if args.adapter is not None and args.column != COLUMN:
         parser.error(f"a model is asked for the entities of {COLUMN}; --column {args.column} goes with --predictions")
     if args.shots and args.train is None:
@@ -76,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--column", metavar="NAME", default=COLUMN, help="such as NE-COARSE-METO, NE-FINE-LIT (default: %(default)s)"
     )
     parser.add_argument("--limit", metavar="N", type=int, help="score the first N documents only")
-    parser.add_argument("--json", metavar="OUT", type=Path, help="write scores, provenance and every entity to OUT")
+    add_result_options(parser, "every entity")
     parser.add_argument(
         "--prompt",
         choices=PROMPTS,
@@ -104,12 +115,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace, command: str) -> int:
     """Collects the entities, scores them, prints the table and writes the record."""
-    started = time.monotonic()
-    prepare_outputs(args.json, args.out)
+    started = Start.now()
+    prepare_outputs(args.json, args.examples, args.out)
     gold = read_hipe(args.gold, args.column)
     documents = gold[: args.limit]
     types = known_types(gold)
     prompt = model = None
+    made = Made((UNKNOWN,))
     asked: list[Passage] = []
     texts: dict[str, str] = {}
     parsed: dict[str, Parsed] = {}
@@ -120,7 +132,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     else:
         if args.predictions is not None:
             asked, texts, passed_over = read_texts(args.predictions, gold, documents, args.passage_words)
-            model = kept_model(args.predictions)
+            model, made = scored_file(args.predictions, "id", (passage.id for passage in asked))
             said = model and model.get("prompt")
             prompt = args.prompt or (said if said in PROMPTS else likely_prompt(asked, texts, types))
             if passed_over:
@@ -128,7 +140,8 @@ def run(args: argparse.Namespace, command: str) -> int:
         else:
             asked = [passage for document in documents for passage in passages(document, args.passage_words)]
             train = [] if args.train is None else read_hipe(args.train)
-            texts, model = ask_model(args, asked, train, types, args.passage_words)
+            answered = ask_model(args, asked, train, types, args.passage_words)
+            texts, model, made = answered.answers, answered.model, answered.made
             prompt = model["prompt"]
         parsed = {passage.id: parse(texts[passage.id], passage, prompt, types) for passage in asked}
         predicted = spans_by_document(asked, parsed)
@@ -165,6 +178,7 @@ def run(args: argparse.Namespace, command: str) -> int:
                 "train_hash": None if args.train is None else file_sha256(args.train),
             },
             model=model,
+            made=made,
             data_hash=file_sha256(args.gold),
             predictions=[
                 {
@@ -183,7 +197,7 @@ def run(args: argparse.Namespace, command: str) -> int:
             ],
             packages=("tokenizers",),
         )
-        write_json(args.json, record)
+        write_result(args, record)
     return 0
 
 

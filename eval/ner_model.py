@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from eval.hipe import Document, Passage, passages
+from eval.kept import Answered, Kept
 from eval.ner_texts import PROMPTS, input_text, instruction, response_text
-from eval.records import keep, kept_answers, model_identity
+from eval.records import decoding, model_identity
 from mmadapter.captions import named
 from mmadapter.options import load_session
 from mmadapter.prompts import Template, template
@@ -53,8 +54,8 @@ def ask_model(
     train: Sequence[Document],
     types: Collection[str],
     words: int,
-) -> tuple[dict[str, str], dict[str, Any]]:
-    """The model's texts by passage, and the settings that decided them; what `--out` already holds is not asked again.
+) -> Answered:
+    """The model's texts by passage; what `--out` already holds is not asked again.
 
     Args:
         train: Where the examples of `--shots` come from.
@@ -82,20 +83,17 @@ def ask_model(
         "shots": [[shot.id, shot.text] for shot in shots],
         "passage_words": words,
         "max_new_tokens": sampling.max_new_tokens,
+        "sampling": decoding(sampling),
         "data_hash": file_sha256(args.gold),
     }
     ids = [passage.id for passage in asked]
-    texts = {
-        name: line["text"]
-        for name, line in kept_answers(args.out, model, ("id", "text"), "answer", "--out", ids).items()
-    }
-    todo = [passage for passage in asked if passage.id not in texts]
+    kept = Kept(args.out, model, ("id", "text"), "answer", ids)
+    todo = [passage for passage in asked if passage.id not in kept.answers]
     request = Request(template(form), prompt, instruction(prompt, types))
     shown = {passage.id: passage.text for passage in todo}
     for batch in answer_batches(session, request, shots, todo, sampling, args.batch_size or BATCH_SIZE):
-        texts |= batch
-        keep(args.out, ({"id": name, "text": text, "passage": shown[name]} for name, text in batch.items()), model)
-    return {name: texts[name] for name in ids}, model
+        kept.add([{"id": name, "text": text, "passage": shown[name]} for name, text in batch.items()])
+    return Answered({name: kept.answers[name]["text"] for name in ids}, model, kept.made)
 
 
 def choose_prompt(given: str | None, adapter: str, training: Mapping[str, Any]) -> str:

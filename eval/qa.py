@@ -5,28 +5,31 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from eval import qa_metrics
+from eval.kept import Answered, scored_file
 from eval.qa_files import Question, of_split, read_answers, read_gold
 from eval.qa_metrics import WUPS_THRESHOLDS, Similarity
 from eval.qa_model import BATCH_SIZE, ask_model
 from eval.records import (
     PICTURE_PACKAGES,
+    Start,
     add_out_option,
+    add_result_options,
     check_options,
-    kept_model,
+    check_result_options,
     note,
     prepare_outputs,
     result_record,
+    write_result,
 )
 from mmadapter.options import Parser, add_model_options, main_with_errors
 from mmadapter.prompts import TEMPLATES
-from mmadapter.record import file_sha256, write_json
+from mmadapter.record import file_sha256
 
 DESCRIPTION = """\
 python -m eval.qa --gold daquar/questions.json --predictions answers.jsonl --json scores.json
@@ -51,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(arguments)
     check_options(parser, args, model_only=MODEL_ONLY, from_one=("batch_size", "limit", "max_new_tokens"))
+    check_result_options(parser, args)
     command = shlex.join(["python", "-m", "eval.qa", *arguments])
     return main_with_errors(lambda: run(args, command), args.debug)
 
@@ -65,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--predictions", metavar="FILE", type=Path, help="answers to score, one for every question")
     parser.add_argument("--split", help="of the gold file, where its rows name one (default: test)")
     parser.add_argument("--limit", metavar="N", type=int, help="score the first N questions only")
-    parser.add_argument("--json", metavar="OUT", type=Path, help="write scores, provenance and every answer to OUT")
+    add_result_options(parser, "every answer")
     parser.add_argument(
         "--train",
         metavar="FILE",
@@ -88,18 +92,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace, command: str) -> int:
     """Collects the answers, scores them, prints the table and writes the record."""
-    started = time.monotonic()
-    prepare_outputs(args.json, args.out)
+    started = Start.now()
+    prepare_outputs(args.json, args.examples, args.out)
     gold = read_gold(args.gold)
     known, split = of_split(gold, args.split)
     questions = known[: args.limit]
     source = gold if args.train is None else read_gold(args.train)
     train = [q for q in source.questions if q.split == "train" or (source is not gold and q.split == "")]
     if args.predictions is not None:
-        answers = read_answers(args.predictions, gold, known, questions)
-        model = kept_model(args.predictions)
+        given = read_answers(args.predictions, gold, known, questions)
+        asked = Answered(given, *scored_file(args.predictions, "id", given))
     else:
-        answers, model = ask_model(args, gold, split, questions, train)
+        asked = ask_model(args, gold, split, questions, train)
+    answers = asked.answers
     similarity = wups_similarity(questions)
     each = [score(gold.as_said(answers[question.id]), question, similarity) for question in questions]
     programs = {} if similarity is None else {"wordnet": qa_metrics.open_wordnet().get_version()}
@@ -128,8 +133,10 @@ def run(args: argparse.Namespace, command: str) -> int:
             version=TASK_VERSION,
             scores={**total, "by_type": by_type, "constant": constant},
             settings={"split": split, "train_hash": None if args.train is None else file_sha256(args.train)},
-            model=model,
+            model=asked.model,
+            made=asked.made,
             data_hash=file_sha256(args.gold),
+            images_hash=asked.images_hash,
             predictions=[
                 {
                     "id": question.id,
@@ -144,7 +151,7 @@ def run(args: argparse.Namespace, command: str) -> int:
             packages=("tokenizers", "timm", "nltk", *(PICTURE_PACKAGES if read_pictures else ())),
             **programs,
         )
-        write_json(args.json, record)
+        write_result(args, record)
     return 0
 
 

@@ -6,10 +6,11 @@ import argparse
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from eval.kept import Answered, Kept
 from eval.qa_files import Gold, Question
-from eval.records import keep, kept_answers, model_identity, note, sees
+from eval.records import decoding, images_hash, model_identity, note, sees
 from mmadapter.captions import named
 from mmadapter.options import load_session
 from mmadapter.prompts import Template, question_text, template
@@ -29,8 +30,8 @@ def ask_model(
     split: str | None,
     questions: Sequence[Question],
     train: Sequence[Question],
-) -> tuple[dict[str, str], dict[str, Any]]:
-    """The model's answers by id, and the settings that decided them; what `--out` already holds is not asked again.
+) -> Answered:
+    """The model's answers by id; what `--out` already holds is not asked again.
 
     Args:
         split: Of the questions; an id may be no more than a place in it.
@@ -51,13 +52,13 @@ def ask_model(
         "template": form,
         "shots": [[shot.text, shot.answers[0]] for shot in shots],
         "max_new_tokens": sampling.max_new_tokens,
+        "sampling": decoding(sampling),
         "data_hash": file_sha256(gold.path),
         "split": split,
     }
     ids = [question.id for question in questions]
-    kept = kept_answers(args.out, model, ("id", "answer"), "answer", "--out", ids)
-    answers = {key: line["answer"] for key, line in kept.items()}
-    todo = [question for question in questions if question.id not in answers]
+    kept = Kept(args.out, model, ("id", "answer"), "answer", ids)
+    todo = [question for question in questions if question.id not in kept.answers]
     pictures = {}
     if sees(session):
         pictures = find_pictures(
@@ -68,9 +69,9 @@ def ask_model(
     for batch in answer_batches(
         session, template(form), shots, todo, pictures, sampling, args.batch_size or BATCH_SIZE
     ):
-        answers |= batch
-        keep(args.out, ({"id": key, "answer": text} for key, text in batch.items()), model)
-    return {key: answers[key] for key in ids}, model
+        kept.add([{"id": key, "answer": text} for key, text in batch.items()])
+    seen = {question.id: pictures[question.image] for question in questions if question.image in pictures}
+    return Answered({key: kept.answers[key]["answer"] for key in ids}, model, kept.made, images_hash(seen))
 
 
 def draw_shots(train: Sequence[Question], scored: Sequence[Question], count: int, seed: int) -> list[Question]:

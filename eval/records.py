@@ -1,28 +1,48 @@
-"""What the evaluations share: the fields of every result file, and answers that a stopped run goes on from."""
+"""What the evaluations share: their common options, and the fields of every result file."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
-import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+import tomllib
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmadapter.record import file_sha256, git_commit
+from mmadapter.record import file_sha256, git_commit, replacing, write_json
 
 if TYPE_CHECKING:
+    from eval.kept import Made
+    from mmadapter.sampling import Sampling
     from mmadapter.session import Session
 
 # What a base in a folder is made of: its tensors and its shape.
 BASE_FILES = ("*.safetensors", "consolidated.*.pth", "config.json", "params.json")
 PICTURE_PACKAGES = ("pillow", "open_clip_torch")  # what, beside timm, a picture is read and encoded with
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """When a command began, and at which commit; a later one may be checked out before it ends.
+
+    Attributes:
+        time: Of `time.monotonic`.
+        commit: As `git_commit` gives it.
+    """
+
+    time: float
+    commit: str | None
+
+    @classmethod
+    def now(cls) -> Start:
+        return cls(time.monotonic(), git_commit())
 
 
 def check_options(
@@ -54,10 +74,34 @@ def add_out_option(group: argparse._ActionsContainer) -> None:
     )
 
 
+def add_result_options(group: argparse._ActionsContainer, each: str) -> None:
+    """Adds `--json` and `--examples`, the files of `write_result`.
+
+    Args:
+        each: What is kept of every example, such as "every answer".
+    """
+    group.add_argument("--json", metavar="OUT", type=Path, help=f"write scores, provenance and {each} to OUT")
+    group.add_argument(
+        "--examples",
+        metavar="FILE",
+        type=Path,
+        help=f"write {each} as JSON lines to FILE, in the folder of OUT, and to OUT its name and SHA-256",
+    )
+
+
+def check_result_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program (misuse) unless `--examples` names a file beside that of `--json`."""
+    if args.examples is not None:
+        if args.json is None:
+            parser.error("--examples goes with --json OUT")
+        if args.examples.resolve().parent != args.json.resolve().parent or args.examples.name == args.json.name:
+            parser.error("--examples must be another file in the folder of --json, where eval.report looks for it")
+
+
 def result_record(
     args: argparse.Namespace,
     command: str,
-    started: float,
+    started: Start,
     *,
     task: str,
     version: int,
@@ -67,6 +111,8 @@ def result_record(
     data_hash: object,
     predictions: Sequence[Mapping[str, Any]],
     packages: Sequence[str],
+    made: Made | None = None,
+    images_hash: str | None = None,
     **programs: str | None,
 ) -> dict[str, Any]:
     """The content of a result file: for every task the same fields around its own scores and settings.
@@ -75,7 +121,7 @@ def result_record(
         args: Of the command line, which may have `seed`, `shots`, `limit` and `predictions`. Where the answers come
             from a file, `seed` and `shots` are those that its model was asked with, as far as it says.
         command: The command line itself.
-        started: `time.monotonic()` when it began.
+        started: When it began. `seconds` are those since then and those that earlier runs took over the answers.
         task: Which evaluation this is.
         version: Of the task; another one gives other scores for the same answers.
         scores: They come first, under their own names.
@@ -84,6 +130,8 @@ def result_record(
         data_hash: SHA-256 of what is scored against.
         predictions: What was answered to each example, and how it scored.
         packages: As for `provenance`.
+        made: How the answers came about; None where all were made here.
+        images_hash: What the function of that name gives for the pictures that the model saw, None where it saw none.
         **programs: As for `provenance`.
     """
     known = model or {}
@@ -107,9 +155,12 @@ def result_record(
         "base_fingerprint": known.get("base_fingerprint"),
         "model": model,
         **provenance(command, packages, **programs),
+        "git_commit": started.commit,
+        "answers_made_by": [started.commit or "unknown"] if made is None else list(made.commits),
         "data_hash": data_hash,
+        "images_hash": images_hash,
         "predictions_hash": None if from_file is None else file_sha256(from_file),
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(time.monotonic() - started.time + (0.0 if made is None else made.seconds), 1),
         "predictions": predictions,
     }
 
@@ -119,21 +170,66 @@ def provenance(command: str, packages: Sequence[str], **programs: str | None) ->
 
     Args:
         command: The command line that gives the result.
-        packages: Those that had a part in it, beside mmadapter and torch; the version of one not installed is None.
-        **programs: Versions of what else had, beside Python.
+        packages: As for `versions`.
+        **programs: As for `versions`.
     """
-    found = {"python": sys.version.split()[0], **programs}
-    for package in ("mmadapter", "torch", *packages):
+    return {
+        "command": command,
+        "git_commit": git_commit(),
+        "versions": versions(packages, **programs),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def versions(packages: Sequence[str], **programs: str | None) -> dict[str, str | None]:
+    """Versions of Python, mmadapter, torch, numpy and of what else had a part in a result.
+
+    Args:
+        packages: The version of one not installed is None.
+        **programs: Versions of what is no package.
+    """
+    found = {"python": sys.version.split()[0], **programs, "mmadapter": own_version()}
+    for package in ("torch", "numpy", *packages):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = None
-    return {
-        "command": command,
-        "git_commit": git_commit(),
-        "versions": found,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    return found
+
+
+@functools.cache
+def own_version() -> str | None:
+    """The version of this package as installed, else as its `pyproject.toml` says."""
+    try:
+        return metadata.version("mmadapter")
+    except metadata.PackageNotFoundError:
+        project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+        return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"] if project.is_file() else None
+
+
+def write_result(args: argparse.Namespace, record: Mapping[str, Any]) -> None:
+    """Writes a result file to `--json`, if one is asked for; its predictions to `--examples`, if that is given."""
+    if args.json is None:
+        return
+    if args.examples is not None:
+        lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in record["predictions"]]
+        with replacing(args.examples) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
+        record = {name: value for name, value in record.items() if name != "predictions"}
+        record["predictions_file"] = args.examples.name
+        record["predictions_file_hash"] = file_sha256(args.examples)
+    write_json(args.json, record)
+
+
+def images_hash(pictures: Mapping[str, Path]) -> str | None:
+    """SHA-256 of the ids and file contents of pictures, in the order of the ids; None where there are none.
+
+    Args:
+        pictures: Files by the ids of their examples.
+    """
+    digests = {path: file_sha256(path) for path in set(pictures.values())}
+    lines = [f"{name} {digests[pictures[name]]}\n" for name in sorted(pictures)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else None
 
 
 def prepare_outputs(*paths: Path | None) -> None:
@@ -164,6 +260,29 @@ def model_identity(args: argparse.Namespace) -> dict[str, Any]:
         "adapter_hash": None if args.adapter == "none" else adapter_hash(args.adapter),
         **base_identity(args.llama),
     }
+
+
+def decoding(sampling: Sampling) -> dict[str, Any]:
+    """All settings of a decoding, those left to the adapter or the task too, as JSON gives them back."""
+    return {**dataclasses.asdict(sampling), "stop": list(sampling.stop)}
+
+
+def task_decoding(adapter: str, task: str, settings: Mapping[str, object]) -> dict[str, Any]:
+    """The `decoding` that `Session.sampling` would give, of an adapter that is not loaded.
+
+    Args:
+        adapter: As `--adapter`; "none" is the base model.
+    """
+    from mmadapter.checkpoint import FILE_NAME, find_adapter, read_about
+    from mmadapter.wording import task_sampling
+
+    about = None
+    if adapter != "none":
+        path = find_adapter(adapter)
+        path = path / FILE_NAME if path.is_dir() else path
+        # Other kinds of adapters have no settings of their own.
+        about = read_about(path) if path.suffix == ".safetensors" and path.is_file() else None
+    return decoding(task_sampling(about, task, settings))
 
 
 def base_identity(spec: str) -> dict[str, Any]:
@@ -197,101 +316,6 @@ def adapter_hash(name: str) -> str:
             raise FileNotFoundError(f"{path} holds no adapter: none of {', '.join(names)} is in it")
         path = found[0]
     return file_sha256(path)
-
-
-def kept_line(answer: dict[str, Any], model: dict[str, Any]) -> str:
-    """A line of a file of answers: the answer, and the settings that decided it.
-
-    With these, two models' answers cannot mix in one file.
-    """
-    return json.dumps({**answer, "model": model}, ensure_ascii=False) + "\n"
-
-
-def keep(path: Path | None, answers: Iterable[dict[str, Any]], model: dict[str, Any]) -> None:
-    """Adds answers to the file that a stopped run goes on from, if there is to be one."""
-    if path is not None:
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(kept_line(answer, model) for answer in answers)
-
-
-def kept_answers(
-    path: Path | None, model: dict[str, Any], fields: Sequence[str], what: str, option: str, wanted: Iterable[str]
-) -> dict[str, dict[str, Any]]:
-    """What `read_kept` gives, by the first field; how many of the wanted ones that are is said on standard error."""
-    if path is None:
-        return {}
-    answers = {answer[fields[0]]: answer for answer in read_kept(path, model, fields, what, option)}
-    asked = list(wanted)
-    found = sum(key in answers for key in asked)
-    if found:
-        note(f"{found} of {len(asked)} {what}s are in {path}; delete it to redo them")
-    return answers
-
-
-def read_kept(path: Path, model: dict[str, Any], fields: Sequence[str], what: str, option: str) -> list[dict[str, Any]]:
-    """The answers that an earlier run of the same model left in `path`, none if there is no such file.
-
-    A line that the earlier run was stopped in is cut off the file.
-
-    Args:
-        fields: What every answer has, the first of them at its beginning.
-        what: What an answer is called in errors, such as "caption".
-        option: The option that names the file.
-
-    Raises:
-        ValueError: The file holds something else, or another model's answers; it stays as it is.
-    """
-    if not path.exists():
-        return []
-    not_kept = f"is no {what} that this command kept; name another {option}"
-    content = path.read_bytes()
-    complete, _, torn = content.rpartition(b"\n")
-    answers = []
-    for number, line in enumerate(filter(None, complete.split(b"\n")), 1):
-        try:
-            answer = json.loads(line)
-            other = answer.pop("model")
-            fits = all(field in answer for field in fields) and isinstance(other, dict)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            fits = False
-        if not fits:
-            raise ValueError(f"{path}, line {number} {not_kept}")
-        if other != model:
-            raise ValueError(
-                f"{path} holds {what}s of another model ({_differences(other, model)}); delete it or name another "
-                f"{option}"
-            )
-        answers.append(answer)
-    if torn:
-        if not f'{{"{fields[0]}": '.encode().startswith(torn[: len(fields[0]) + 5]):
-            raise ValueError(f"{path}, last line {not_kept}")
-        os.truncate(path, len(content) - len(torn))
-    return answers
-
-
-def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """Where two models' settings differ, the first three of them."""
-    found = []
-    for name in (*here, *(there.keys() - here.keys())):
-        if there.get(name) != here.get(name):
-            old, new = (f"{json.dumps(settings.get(name), ensure_ascii=False):.60}" for settings in (there, here))
-            found.append(f"{name} {old} there, {new} now" if old != new else f"other {name}")
-    return "; ".join(found[:3]) or "it says less about its settings"
-
-
-def kept_model(path: Path) -> dict[str, Any] | None:
-    """The model whose answers a file of predictions holds, None where the file does not say or there are several."""
-    model = None
-    with path.open(encoding="utf-8-sig") as file:
-        for line in filter(str.strip, file):
-            try:
-                found = json.loads(line).get("model")
-            except (ValueError, AttributeError):
-                return None
-            if not isinstance(found, dict) or found != (model or found):
-                return None
-            model = found
-    return model
 
 
 def note(message: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from eval.published import TABLES, Published
 from mmadapter.captions import base_name, named, read_text
+from mmadapter.record import file_sha256
 
 # What every example has, by task; the first field is its name.
 FIELDS = {
@@ -188,13 +189,20 @@ def _read_run(name: str | None, path: Path) -> Run:
     for key in KEPT_UNDER:
         examples = record.pop(key, None) if examples is None else examples
     if examples is None:
-        examples, source = _sibling_examples(path)
+        examples, source = _sibling_examples(path, record)
     return Run(path, name or _label(record, path), record, _by_id(source, examples, record["task"]))
 
 
-def _sibling_examples(path: Path) -> tuple[list[Any], Path]:
-    """Examples that were moved out of `scores-X.json`: the lines of `predictions-X.jsonl` or `captions-X.jsonl`."""
-    siblings = [
+def _sibling_examples(path: Path, record: dict[str, Any]) -> tuple[list[Any], Path]:
+    """Examples beside `scores-X.json`: the lines of its `predictions_file`, or of `{predictions,captions}-X.jsonl`.
+
+    Raises:
+        FileNotFoundError: There is none of these.
+        ValueError: It is not the file that the record has the SHA-256 of, or not JSON lines.
+    """
+    own = record.get("predictions_file")
+    siblings = [path.parent / base_name(own)] if isinstance(own, str) and own else []
+    siblings += [
         path.with_name(
             (path.stem.replace("scores", kind, 1) if "scores" in path.stem else f"{kind}-{path.stem}") + ".jsonl"
         )
@@ -202,6 +210,10 @@ def _sibling_examples(path: Path) -> tuple[list[Any], Path]:
     ]
     for sibling in siblings:
         if sibling.is_file():
+            if record.get("predictions_file_hash") not in (None, file_sha256(sibling)):
+                raise ValueError(
+                    f"{sibling} is not what {path} was written with: its SHA-256 is another; score anew with --examples"
+                )
             lines = []
             for number, line in enumerate(read_text(sibling).split("\n"), 1):
                 if line.strip():
@@ -210,10 +222,8 @@ def _sibling_examples(path: Path) -> tuple[list[Any], Path]:
                     except json.JSONDecodeError as error:
                         raise ValueError(f"{sibling}, line {number} is not JSON ({error.msg})") from None
             return lines, sibling
-    raise FileNotFoundError(
-        f"{path} holds no examples, and there is neither {siblings[0].name} nor {siblings[1].name} beside it; "
-        "score anew with --json"
-    )
+    names = " nor ".join(sibling.name for sibling in siblings)
+    raise FileNotFoundError(f"{path} holds no examples, and there is neither {names} beside it; score anew with --json")
 
 
 def _by_id(path: Path, examples: object, task: str) -> dict[str, dict[str, Any]]:

@@ -7,25 +7,27 @@ import json
 import random
 import shlex
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.kept import Answered, scored_file
 from eval.records import (
     PICTURE_PACKAGES,
+    Start,
     add_out_option,
+    add_result_options,
     check_options,
-    kept_model,
+    check_result_options,
     note,
     prepare_outputs,
     result_record,
+    write_result,
 )
 from eval.scienceqa_model import NORMALISATIONS, SCORES, ask_model, data_hash
 from mmadapter.captions import named, read_text
 from mmadapter.options import Parser, add_model_options, main_with_errors
-from mmadapter.record import write_json
 from mmadapter.scienceqa import (
     ANSWER_FORMS,
     CLASSES,
@@ -63,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(arguments)
     check_options(parser, args, model_only=MODEL_ONLY, from_one=("batch_size", "limit", "held_out"))
+    check_result_options(parser, args)
     if args.held_out is not None and args.split != "train":
         parser.error("--held-out is a part of the train questions; it goes with --split train")
     try:
@@ -86,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--held-out", metavar="N", type=int, help="with --split train: those N that training with this seed holds out"
     )
     parser.add_argument("--limit", metavar="N", type=int, help="score the first N questions only")
-    parser.add_argument("--json", metavar="OUT", type=Path, help="write scores, provenance and every answer to OUT")
+    add_result_options(parser, "every answer")
     parser.add_argument(
         "--on-unparsed",
         choices=("wrong", "random"),
@@ -115,17 +118,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace, command: str) -> int:
     """Collects the answers, scores them, prints the table and writes the record."""
-    started = time.monotonic()
-    prepare_outputs(args.json, args.out)
+    started = Start.now()
+    prepare_outputs(args.json, args.examples, args.out)
     split = read_problems(args.data, args.split)
     problems = held_out(split, args.held_out, args.seed)[1] if args.held_out is not None else split
     problems = problems[: args.limit]
-    model = None
     if args.predictions is not None:
-        answers = read_predictions(args.predictions, split)
-        model = kept_model(args.predictions)
+        scored = (problem.pid for problem in problems)
+        asked = Answered(read_predictions(args.predictions, split), *scored_file(args.predictions, "pid", scored))
     else:
-        answers, model = ask_model(args, problems)
+        asked = ask_model(args, problems)
+    answers = asked.answers
     unanswered = [problem.pid for problem in problems if problem.pid not in answers]
     if unanswered:
         raise ValueError(
@@ -136,7 +139,11 @@ def run(args: argparse.Namespace, command: str) -> int:
     passed_over = len(answers.keys() - {problem.pid for problem in problems})
     if passed_over:
         note(f"{passed_over} answers to questions that are not scored here are passed over")
-    final = {problem.pid: settle(problem, answers[problem.pid]["answer"], args) for problem in problems}
+    drawn = {}
+    if args.on_unparsed == "random":
+        unread = [problem for problem in problems if not names_choice(problem, answers[problem.pid]["answer"])]
+        drawn = {problem.pid: draw_choice(problem, args.seed) for problem in unread}
+    final = {problem.pid: drawn.get(problem.pid, answers[problem.pid]["answer"]) for problem in problems}
     scores |= {name: score for name, score in accuracies(problems, final).items() if name in CLASSES}
     read_pictures = args.adapter not in (None, "none") and any(problem.image is not None for problem in problems)
     part = f"{args.split}, held out with seed {args.seed}" if args.held_out is not None else args.split
@@ -157,14 +164,21 @@ def run(args: argparse.Namespace, command: str) -> int:
                 # Whoever was asked, and with which seed: this command's chose what is scored, or how.
                 **({"seed": args.seed} if args.held_out is not None or args.on_unparsed == "random" else {}),
             },
-            model=model,
+            model=asked.model,
+            made=asked.made,
             data_hash=data_hash(args.data),
+            images_hash=asked.images_hash,
             predictions=[
-                {**answers[problem.pid], "correct": final[problem.pid] == problem.answer} for problem in problems
+                {
+                    **answers[problem.pid],
+                    **({"drawn": final[problem.pid]} if problem.pid in drawn else {}),
+                    "correct": final[problem.pid] == problem.answer,
+                }
+                for problem in problems
             ],
             packages=("tokenizers", "timm", *(PICTURE_PACKAGES if read_pictures else ())),
         )
-        write_json(args.json, record)
+        write_result(args, record)
     return 0
 
 
@@ -186,11 +200,9 @@ def names_choice(problem: Problem, answer: int | None) -> bool:
     return answer is not None and 0 <= answer < len(problem.choices)
 
 
-def settle(problem: Problem, answer: int | None, args: argparse.Namespace) -> int | None:
-    """The answer that is scored: one that names no choice may be drawn, the same in any order of questions."""
-    if args.on_unparsed == "wrong" or names_choice(problem, answer):
-        return answer
-    return random.Random(f"{args.seed} {problem.pid}").randrange(len(problem.choices))
+def draw_choice(problem: Problem, seed: int) -> int:
+    """A choice in place of an answer that names none, the same in any order of questions."""
+    return random.Random(f"{seed} {problem.pid}").randrange(len(problem.choices))
 
 
 def print_table(title: str, scores: Mapping[str, Any]) -> None:

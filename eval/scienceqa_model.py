@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.records import keep, kept_answers, model_identity, sees
+from eval.kept import Answered, Kept
+from eval.records import decoding, images_hash, model_identity, sees
 from mmadapter.options import load_session
 from mmadapter.prompts import template
 from mmadapter.record import file_sha256
@@ -28,6 +29,7 @@ from mmadapter.scienceqa import (
 
 if TYPE_CHECKING:
     from mmadapter.choices import Scores
+    from mmadapter.sampling import Sampling
     from mmadapter.session import Session
 
 SCORES = ("letter", "likelihood")
@@ -51,33 +53,32 @@ class Task:
     normalise: str
 
 
-def ask_model(
-    args: argparse.Namespace, problems: Sequence[Problem]
-) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """The model's answers by pid, and the settings that decided them; what `--out` already holds is not asked again."""
+def ask_model(args: argparse.Namespace, problems: Sequence[Problem]) -> Answered:
+    """The model's answers by pid; what `--out` already holds is not asked again."""
     shots = draw_shots(args, problems) if args.shots else []
     session = load_session(args)
     task = choose_task(args, session)
-    if sees(session):
-        for problem in problems:
-            if problem.image is not None and not problem.image.is_file():
-                raise FileNotFoundError(f"there is no image {problem.image}, of pid {problem.pid}; complete the data")
+    pictures = {problem.pid: problem.image for problem in problems if problem.image is not None and sees(session)}
+    for pid, path in pictures.items():
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no image {path}, of pid {pid}; complete the data")
+    sampling = task_sampling(task)
     model = {
         **model_identity(args),
         "format": str(task.form),
         "answer_form": task.answer_form,
         "score": task.score,
         "normalise": task.normalise if task.score == "likelihood" else None,
+        "sampling": decoding(sampling) if task.score == "letter" else None,
         "shots": [shot.pid for shot in shots],
         "data_hash": data_hash(args.data),
     }
     pids = [problem.pid for problem in problems]
-    answers = kept_answers(args.out, model, ("pid", "answer"), "prediction", "--out", pids)
-    todo = [problem for problem in problems if problem.pid not in answers]
-    for batch in answer_batches(session, task, todo, shots, args.batch_size or 16):
-        answers |= {answer["pid"]: answer for answer in batch}
-        keep(args.out, batch, model)
-    return {pid: answers[pid] for pid in pids}, model
+    kept = Kept(args.out, model, ("pid", "answer"), "prediction", pids)
+    todo = [problem for problem in problems if problem.pid not in kept.answers]
+    for batch in answer_batches(session, task, sampling, todo, shots, args.batch_size or 16):
+        kept.add(batch)
+    return Answered({pid: kept.answers[pid] for pid in pids}, model, kept.made, images_hash(pictures))
 
 
 def draw_shots(args: argparse.Namespace, problems: Sequence[Problem]) -> list[Problem]:
@@ -118,8 +119,20 @@ def choose_task(args: argparse.Namespace, session: Session) -> Task:
     return Task(form, **chosen)
 
 
+def task_sampling(task: Task) -> Sampling:
+    """How an answer is written, for the score "letter": an answer alone takes few tokens."""
+    from mmadapter.sampling import Sampling
+
+    return Sampling(max_new_tokens=64 if task.form.writes == "A" else 512, stop=("\n",))
+
+
 def answer_batches(
-    session: Session, task: Task, problems: Sequence[Problem], shots: Sequence[Problem], batch_size: int
+    session: Session,
+    task: Task,
+    sampling: Sampling,
+    problems: Sequence[Problem],
+    shots: Sequence[Problem],
+    batch_size: int,
 ) -> Iterator[list[dict[str, Any]]]:
     """Answers batch by batch, the longest questions first, so that memory that does not suffice is known at once.
 
@@ -131,7 +144,6 @@ def answer_batches(
     from tqdm import tqdm
 
     from mmadapter.choices import log_likelihoods
-    from mmadapter.sampling import Sampling
 
     tokenizer, about, context = session.tokenizer, session.about, session.llama.config.context
     wrap = template("bare" if about is None else about.template)
@@ -149,7 +161,6 @@ def answer_batches(
             f"the model's context holds {context}, {len(shots)} examples and the answer included; take fewer --shots, "
             "a shorter --format or another --llama"
         )
-    sampling = Sampling(max_new_tokens=64 if task.form.writes == "A" else 512, stop=("\n",))
     # An adapter was trained to stop after its answer; what the base writes next is not known.
     end = [tokenizer.eos_id] if about is not None and task.form.writes == "A" else []
     with tqdm(total=len(problems), unit="question", disable=not problems) as bar:

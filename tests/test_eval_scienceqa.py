@@ -14,6 +14,7 @@ import tiny_session
 import torch
 
 from eval import scienceqa as command
+from eval.records import images_hash
 from mmadapter.checkpoint import FILE_NAME, Fingerprint, read_about
 from mmadapter.generate import Generated
 from mmadapter.record import file_sha256
@@ -192,11 +193,19 @@ def test_unparsed_answers_are_wrong_or_drawn(data, tmp_path):
         found[seed] = [line["correct"] for line in scores["predictions"]]
         assert scores["avg"] == 25 * sum(found[seed])
         assert [line["answer"] for line in scores["predictions"]] == [-1] * 4
+        for line in scores["predictions"]:
+            assert line["correct"] == (line["drawn"] == RIGHT[line["pid"]]), "what was drawn is kept"
         assert command.main([*arguments, "--on-unparsed", "random"]) == 0
         assert json.loads(out.read_text())["avg"] == scores["avg"]
     assert len({tuple(correct) for correct in found.values()}) > 4
     assert command.main(arguments) == 0
     assert json.loads(out.read_text())["avg"] == 0
+    assert not any("drawn" in line for line in json.loads(out.read_text())["predictions"])
+    path = predictions_file(tmp_path, {"results": {**dict.fromkeys(RIGHT, -1), "1": RIGHT["1"]}})
+    arguments = ["--data", str(data), "--predictions", str(path), "--json", str(out), "--on-unparsed", "random"]
+    assert command.main(arguments) == 0
+    lines = json.loads(out.read_text())["predictions"]
+    assert [line["pid"] for line in lines if "drawn" not in line] == ["1"], "only in place of answers that name none"
 
 
 def test_unparsed_answers_are_shown(data, tmp_path, capsys):
@@ -337,6 +346,11 @@ def test_an_adapter_that_sees_gets_the_images(data, tmp_path, asked):
     assert sorted(images, key=str) == ["1", "3", None, None]
     order = [next(pid for pid, row in TEST.items() if row[0] in text) for text in asked["texts"]]
     assert [pid if pid in "13" else None for pid in order] == images, "each with its own question"
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["images_hash"] == images_hash({path.parent.name: path for path in asked["images"] if path})
+    assert record["model"]["sampling"]["max_new_tokens"] == 64
+    assert ask(data, tmp_path / "b.json", "writes", "--limit", "1")["images_hash"] is None
+    assert ask(data, tmp_path / "b.json", "scores", "--limit", "1")["model"]["sampling"] is None, "nothing is decoded"
 
 
 def test_what_the_model_writes_is_what_it_writes_alone(data, world, tmp_path):
@@ -411,7 +425,9 @@ def test_a_stopped_run_goes_on(data, tmp_path, torn, monkeypatch, capsys):
     capsys.readouterr()
     found = ask(data, tmp_path / "resumed.json", "scores", "--out", str(resumed), "--batch-size", "1")
     assert f"2 of 4 predictions are in {resumed}" in capsys.readouterr().err
-    assert resumed.read_bytes() == whole.read_bytes()
+    files = [[json.loads(line) for line in path.read_bytes().splitlines()] for path in (resumed, whole)]
+    assert all(line.pop("made")["git_commit"] == expected["git_commit"] for lines in files for line in lines)
+    assert files[0] == files[1]
     assert found["predictions"] == expected["predictions"]
     monkeypatch.setattr(Session, "prompts", lambda *_: pytest.fail("asked again"))
     again = ask(data, tmp_path / "again.json", "scores", "--out", str(resumed))
@@ -435,7 +451,7 @@ def test_what_is_done_before_an_interruption_is_kept(data, tmp_path, monkeypatch
     out = tmp_path / "kept.jsonl"
     assert command.main(model_arguments(data, "scores", "--out", str(out), "--batch-size", "1")) == 130
     assert [set(json.loads(line)) for line in out.read_text().splitlines()] == 2 * [
-        {"pid", "answer", "probabilities", "log_likelihoods", "tokens", "model"}
+        {"pid", "answer", "probabilities", "log_likelihoods", "tokens", "model", "made"}
     ]
     assert capsys.readouterr().err.endswith("error: interrupted\n")
 
