@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.records import model_identity, prepare_outputs, provenance
+from eval.records import decoding, model_identity, prepare_outputs, provenance
 from mmadapter.options import load_session
 from mmadapter.prompts import template
 from mmadapter.record import file_sha256, replacing
@@ -18,6 +19,7 @@ from mmadapter.rows import fields_of, records, text_field
 if TYPE_CHECKING:
     from mmadapter.session import Session
 
+TASK, TASK_VERSION = "instruct answers", 1
 LINE_WIDTH = 100  # of an answer in Markdown
 
 
@@ -34,16 +36,19 @@ def run_answers(args: argparse.Namespace, command: str) -> int:
     session = load_session(args)
     identity = model_identity(args)
     answers: dict[str, list[dict[str, str]]] = {}
+    seconds = [0.0] * len(asked)  # of both models
     with tqdm(total=2 * len(asked), unit="answer") as bar:
         for model in ("adapter", "base"):
             if model == "base":
                 session.adapter(None)
             prompts = session.prompts([None])
             answers[model] = []
-            for instruction, context in asked:
+            for number, (instruction, context) in enumerate(asked):
+                began = time.monotonic()
                 tokens = instruction_tokens(session, instruction, context)
                 made = session.generate([tokens], sampling, prompts)[0]
                 answers[model].append({"text": made.text.strip(), "finish": made.finish})
+                seconds[number] += time.monotonic() - began
                 bar.update()
     entries = [
         {"instruction": instruction, "input": context, "base": base, "adapter": adapter}
@@ -57,9 +62,13 @@ def run_answers(args: argparse.Namespace, command: str) -> int:
         "repetition_penalty": sampling.repetition_penalty,
         "max_new_tokens": sampling.max_new_tokens,
         "seed": sampling.seed,
+        "sampling": decoding(sampling),
         "instructions_hash": file_sha256(args.instructions),
     }
-    lines = [json.dumps({**entry, "model": settings, **about}, ensure_ascii=False) + "\n" for entry in entries]
+    lines = []
+    for entry, took in zip(entries, seconds, strict=True):
+        line = {"task": TASK, "version": TASK_VERSION, "seconds": round(took, 2), "model": settings, **about}
+        lines.append(json.dumps({**entry, **line}, ensure_ascii=False) + "\n")
     for path, text in (
         (args.out.with_suffix(".jsonl"), "".join(lines)),
         (args.out, markdown(entries, settings, about)),

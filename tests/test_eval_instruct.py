@@ -412,6 +412,9 @@ def test_answers_of_both(tiny, asked, tmp_path, monkeypatch):
     assert entries[0]["base"] != entries[0]["adapter"]
     assert entries[0]["model"]["adapter_hash"] == file_sha256(tiny.reads / FILE_NAME)
     assert entries[0]["git_commit"] == entries[1]["git_commit"]
+    assert {(entry["task"], entry["version"]) for entry in entries} == {("instruct answers", 1)}
+    assert all(entry["seconds"] >= 0 for entry in entries)
+    assert entries[0]["model"]["sampling"]["repetition_penalty"] == 1.1
 
     text = out.read_text()
     assert text.startswith(
