@@ -60,6 +60,11 @@ class LlamaConfig:
                 f"got {len(self.rope_divisors)} divisors"
             )
 
+    @property
+    def attention_widths(self) -> tuple[int, int, int]:
+        """Outputs of the linears of queries, keys and values."""
+        return self.heads * self.head_width, self.kv_heads * self.head_width, self.kv_heads * self.head_width
+
 
 def llama3_rope_divisors(
     head_width: int, theta: float, factor: float, low_freq_factor: float, high_freq_factor: float, original_context: int

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmadapter.config import LlamaConfig
-from mmadapter.llama import Affine, KVCache, LayerTuning, attend_both, rotate, tuned
+from mmadapter.llama import KVCache, LayerTuning, attend_both, rotate, tuned
 
 if TYPE_CHECKING:
     from mmadapter.adapter import PromptKV
@@ -38,8 +37,8 @@ class JoinedAttention(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_width = config.heads, config.kv_heads, config.head_width
-        outputs = (config.heads + 2 * config.kv_heads) * config.head_width
-        self.wqkv = nn.Linear(config.width, outputs, bias=False, device="meta")
+        self.widths = config.attention_widths
+        self.wqkv = nn.Linear(config.width, sum(self.widths), bias=False, device="meta")
         self.wo = nn.Linear(config.heads * config.head_width, config.width, bias=False, device="meta")
 
     def forward(
@@ -54,7 +53,7 @@ class JoinedAttention(nn.Module):
     ) -> Tensor:
         """[B, T, C] -> [B, T, C]; the arguments are those of `Attention.forward`."""
         B, T, _ = x.shape
-        joined = tuned(self.wqkv(x), _joined(tuning.wq, tuning.wk, tuning.wv)).view(B, T, -1, self.head_width)
+        joined = tuned(self.wqkv(x), tuning.wqkv).view(B, T, -1, self.head_width)
         joined = joined.transpose(1, 2)  # [B, H + 2 G, T, D]
         turning = self.heads + self.kv_heads
         q, k = rotate(joined[:, :turning], rope).split((self.heads, self.kv_heads), dim=1)
@@ -70,8 +69,7 @@ class JoinedAttention(nn.Module):
         return self._parts(x)[2]
 
     def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
-        widths = [heads * self.head_width for heads in (self.heads, self.kv_heads, self.kv_heads)]
-        return self.wqkv(x).split(widths, dim=-1)
+        return self.wqkv(x).split(self.widths, dim=-1)
 
 
 class JoinedFeedForward(nn.Module):
@@ -83,12 +81,5 @@ class JoinedFeedForward(nn.Module):
         self.w2 = nn.Linear(config.hidden_width, config.width, bias=False, device="meta")
 
     def forward(self, x: Tensor, tuning: LayerTuning) -> Tensor:
-        gate, up = tuned(self.w13(x), _joined(tuning.w1, tuning.w3)).chunk(2, dim=-1)
+        gate, up = tuned(self.w13(x), tuning.w13).chunk(2, dim=-1)
         return tuned(self.w2(F.silu(gate) * up), tuning.w2)  # [B, T, C]
-
-
-def _joined(*affines: Affine | None) -> Affine | None:
-    """One for the joined outputs; a layer has all of its linears tuned or none."""
-    if affines[0] is None:
-        return None
-    return Affine(*(torch.cat(parts, dim=-1) for parts in zip(*affines, strict=True)))

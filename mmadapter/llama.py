@@ -176,16 +176,14 @@ class Affine(NamedTuple):
 class LayerTuning(NamedTuple):
     """How an adapter tunes the frozen linears and norms of one block (`tuning`); None leaves one as it is.
 
-    A norm's is the difference to its frozen weight, [1 or B, 1, C].
+    Linears that read the same input stand side by side: `wqkv` is of wq, wk and wv, `w13` of w1 and w3. A norm's is the
+    difference to its frozen weight, [1 or B, 1, C].
     """
 
-    wq: Affine | None = None
-    wk: Affine | None = None
-    wv: Affine | None = None
+    wqkv: Affine | None = None
     wo: Affine | None = None
-    w1: Affine | None = None
+    w13: Affine | None = None
     w2: Affine | None = None
-    w3: Affine | None = None
     attention_norm: Tensor | None = None
     ffn_norm: Tensor | None = None
 
@@ -196,6 +194,13 @@ UNTUNED = LayerTuning()
 def tuned(y: Tensor, affine: Affine | None) -> Tensor:
     """s * (y + b) of a linear's output [B, T, out], in one pass over it; y itself where nothing tunes it."""
     return y if affine is None else torch.addcmul(affine.shift, affine.scale, y)
+
+
+def apart(affine: Affine | None, widths: tuple[int, ...]) -> tuple[Affine | None, ...]:
+    """The affine of each of several linears whose outputs stand side by side."""
+    if affine is None:
+        return (None,) * len(widths)
+    return tuple(Affine(*parts) for parts in zip(*(tensor.split(widths, dim=-1) for tensor in affine), strict=True))
 
 
 class RMSNorm(nn.Module):
@@ -215,9 +220,8 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_width = config.heads, config.kv_heads, config.head_width
-        self.wq = nn.Linear(config.width, config.heads * config.head_width, bias=False)
-        self.wk = nn.Linear(config.width, config.kv_heads * config.head_width, bias=False)
-        self.wv = nn.Linear(config.width, config.kv_heads * config.head_width, bias=False)
+        self.widths = config.attention_widths
+        self.wq, self.wk, self.wv = (nn.Linear(config.width, width, bias=False) for width in self.widths)
         self.wo = nn.Linear(config.heads * config.head_width, config.width, bias=False)
 
     def forward(
@@ -239,9 +243,10 @@ class Attention(nn.Module):
             tuning: Of this layer's linears and norms.
         """
         B, T, _ = x.shape
-        q = tuned(self.wq(x), tuning.wq).view(B, T, self.heads, self.head_width).transpose(1, 2)  # [B, H, T, D]
-        k = tuned(self.wk(x), tuning.wk).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)  # [B, G, T, D]
-        v = tuned(self.wv(x), tuning.wv).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)  # [B, G, T, D]
+        of_q, of_k, of_v = apart(tuning.wqkv, self.widths)
+        q = tuned(self.wq(x), of_q).view(B, T, self.heads, self.head_width).transpose(1, 2)  # [B, H, T, D]
+        k = tuned(self.wk(x), of_k).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)  # [B, G, T, D]
+        v = tuned(self.wv(x), of_v).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)  # [B, G, T, D]
         mixed = attend_both(rotate(q, rope), rotate(k, rope), v, layer, mask, cache, prompt)
         return tuned(self.wo(mixed), tuning.wo)  # [B, T, C]
 
@@ -259,12 +264,14 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
+        self.widths = (config.hidden_width, config.hidden_width)
         self.w1 = nn.Linear(config.width, config.hidden_width, bias=False)
         self.w2 = nn.Linear(config.hidden_width, config.width, bias=False)
         self.w3 = nn.Linear(config.width, config.hidden_width, bias=False)
 
     def forward(self, x: Tensor, tuning: LayerTuning) -> Tensor:
-        inner = F.silu(tuned(self.w1(x), tuning.w1)) * tuned(self.w3(x), tuning.w3)
+        of_gate, of_up = apart(tuning.w13, self.widths)
+        inner = F.silu(tuned(self.w1(x), of_gate)) * tuned(self.w3(x), of_up)
         return tuned(self.w2(inner), tuning.w2)  # [B, T, C]
 
 
@@ -309,14 +316,15 @@ class Block(nn.Module):
             [B, G, 1, D]; None for text.
         """
         G, D = self.attention.kv_heads, self.attention.head_width
+        _, of_k, of_v = apart(tuning.wqkv, self.attention.widths)
         prompt = prompt[None]  # [1, K, C]
-        key = tuned(self.attention.key_of(prompt), tuning.wk).view(1, -1, G, D).transpose(1, 2)  # [1, G, K, D]
-        value = tuned(self.attention.value_of(prompt), tuning.wv).view(1, -1, G, D).transpose(1, 2)  # [1, G, K, D]
+        key = tuned(self.attention.key_of(prompt), of_k).view(1, -1, G, D).transpose(1, 2)  # [1, G, K, D]
+        value = tuned(self.attention.value_of(prompt), of_v).view(1, -1, G, D).transpose(1, 2)  # [1, G, K, D]
         if token is None:
             return key, value, None
         seen = self.attention.value_of(token)[:, None]  # [B, 1, G * D]
-        if tuning.wv is not None:
-            seen = tuning.wv.scale * seen
+        if of_v is not None:
+            seen = of_v.scale * seen
         return key, value, seen.view(-1, G, 1, D)
 
 

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from mmadapter.config import LlamaConfig
+from mmadapter.joined import PARTS
 from mmadapter.llama import UNTUNED, Affine, LayerTuning
+
+SIDE_BY_SIDE = PARTS | {"wo": ("wo",), "w2": ("w2",)}  # the linears of each affine of a LayerTuning
 
 
 def linear_widths(base: LlamaConfig) -> dict[str, int]:
     """Outputs of each linear of a block."""
-    queries, keys = base.heads * base.head_width, base.kv_heads * base.head_width
-    attention = {"wq": queries, "wk": keys, "wv": keys, "wo": base.width}
+    attention = dict(zip(("wq", "wk", "wv"), base.attention_widths, strict=True)) | {"wo": base.width}
     return attention | {"w1": base.hidden_width, "w2": base.width, "w3": base.hidden_width}
 
 
@@ -50,9 +52,9 @@ class Tuning(nn.Module):
             strength: How much of the tuning: 0 is the base model, 1 the tuning as trained.
         """
         fields: dict[str, Sequence[Affine | Tensor]] = {}  # of LayerTuning, a value for each layer
-        for name in self.scale:
-            scale = 1 + strength * (self.scale[name] - 1)  # [N, out]
-            shift = scale * (strength * self.bias[name])
+        for name, parts in SIDE_BY_SIDE.items():
+            scale = 1 + strength * (torch.cat([self.scale[part] for part in parts], dim=-1) - 1)  # [N, out]
+            shift = scale * (strength * torch.cat([self.bias[part] for part in parts], dim=-1))
             fields[name] = [
                 Affine(*pair) for pair in zip(_by_layer(scale, dtype), _by_layer(shift, dtype), strict=True)
             ]
