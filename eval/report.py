@@ -25,10 +25,11 @@ python -m eval.report base=base.json ours=scores.json --data scienceqa --out rep
 
 One table of runs over one test set, beside scores that others published over it: with bootstrap 95% intervals, and a
 paired test of each run against the first. A RUN is what eval.scienceqa, eval.caption, eval.qa, eval.ner or
-eval.instruct wrote with --json; NAME=FILE gives it a name. Examples that were moved out of scores-X.json are read from
-predictions-X.jsonl or captions-X.jsonl beside it. Runs over different test sets are refused. Markdown goes to standard
-output or --out; --html writes one page, with its pictures inside, that works offline: the table, a chart, and the
-best, worst and random examples of the first run with what every run said.
+eval.instruct wrote with --json; NAME=FILE gives it a name. Examples that are not in scores-X.json are read from the
+file beside it that --examples wrote, or from predictions-X.jsonl or captions-X.jsonl. Runs over different test sets or
+pictures, by different rules, or that do not say over which, are refused. Markdown goes to standard output or --out;
+--html writes one page, with its pictures inside, that works offline: the table, a chart, and the best, worst and random
+examples of the first run with what every run said.
 """
 MARKS = str.maketrans({character: "\\" + character for character in "\\`*_{}[]<>|#~$&"})
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from eval.published import Published
 from eval.report_gallery import Gallery, make_gallery
-from eval.report_runs import Run, data_name, published_table
+from eval.report_runs import Run, data_name, pictures_unknown, published_table
 from eval.report_tasks import Layout, Score, how, layout, read_gold, scores
 from eval.statistics import (
     RESAMPLES,
@@ -258,6 +258,12 @@ def _notes(
         notes.append(
             f"Tests are paired by {shown.example}, two-sided, each run against {runs[0].label}; p is not corrected for "
             "the number of tests."
+        )
+    unknown = [run.label for run in runs[1:] if pictures_unknown(runs[0], run)]
+    if unknown:
+        notes.append(
+            f"That {', '.join(unknown)} saw the pictures that {runs[0].label} saw cannot be told: not both score files "
+            "have the pictures' hash."
         )
     left_out: dict[tuple[str, str], list[str]] = {}
     for run in runs:

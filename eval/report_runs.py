@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from eval.published import TABLES, Published
+from eval.qa_metrics import WUPS_THRESHOLDS
 from mmadapter.captions import base_name, named, read_text
 from mmadapter.record import file_sha256
+from mmadapter.scienceqa import CLASSES
 
+CAPTION_METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "SPICE")
 # What every example has, by task; the first field is its name.
 FIELDS = {
     "scienceqa": ("pid", "answer", "correct"),
@@ -22,6 +25,19 @@ FIELDS = {
     "ner": ("id", "gold", "predicted", "nowhere"),
     "instruct": ("where", "tokens", "loss", "base_loss"),
 }
+# What runs have in common beside the ids, where their examples have it: the question, or what is right.
+SHARED = {"qa": ("question", "references"), "ner": ("gold",)}
+# Fields of a score file that are not null, by what they are.
+OBJECTS = ("model", "by_type", "constant", "left_out", "strict", "fuzzy")
+TEXTS = ("command", "adapter", "base", "split", "column", "template")
+NUMBERS = {
+    "scienceqa": CLASSES,
+    "caption": CAPTION_METRICS,
+    "qa": ("exact_match", "f1", *WUPS_THRESHOLDS),
+    "ner": (),
+    "instruct": ("loss", "perplexity", "base_loss", "difference"),
+}
+DEFAULTS = {"on_unparsed": "wrong"}  # of older files
 KEPT_UNDER = ("predictions", "examples")
 SIBLINGS = ("predictions", "captions")
 
@@ -64,6 +80,9 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
     """
     found = [_read_run(*_named_path(argument)) for argument in arguments]
     first = found[0]
+    if len(found) > 1:
+        for run in found:
+            require_known_rules(run)
     for other in found[1:]:
         require_same_test_set(first, other)
     labels = [run.label for run in found]
@@ -74,6 +93,31 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
         Run(run.path, label, run.record, {own: run.examples[own] for own in first.examples})
         for run, label in zip(found, labels, strict=True)
     ]
+
+
+def require_known_rules(run: Run) -> None:
+    """Whether a run says what it was scored on and by which version of its task, without which none compares with it.
+
+    Raises:
+        ValueError: It does not.
+    """
+    for key, what in (("data_hash", "on which data"), ("version", "by which version of its task")):
+        if not run.record.get(key):
+            raise ValueError(
+                f"{run.path} cannot be compared with other runs: it does not say {what} it was scored (no {key}); "
+                "score anew with --json"
+            )
+
+
+def pictures_unknown(first: Run, other: Run) -> bool:
+    """Whether one of two runs names the pictures that it saw, and the other may have seen others."""
+    named_by = [run.record.get("images_hash") is not None for run in (first, other)]
+    return named_by[0] != named_by[1] and not _saw_none(other if named_by[0] else first)
+
+
+def _saw_none(run: Run) -> bool:
+    """Whether the model was asked where it was scored, and without pictures."""
+    return "images_hash" in run.record and run.record.get("predictions_hash") is None
 
 
 def require_same_test_set(first: Run, other: Run) -> None:
@@ -92,14 +136,21 @@ def require_same_test_set(first: Run, other: Run) -> None:
         ("held_out", "it holds out {} rows, the other {}; score both on the same rows"),
         ("column", "its entities are of column {}, the other's of {}; score both on one column"),
         ("limit", "it was scored with --limit {}, the other with {}; score both on the same examples"),
+        ("on_unparsed", "its answers that name no choice count as {}, the other's as {}; score both with one"),
         ("tokenizer", "its captions were cut into words by the tokenizer {}, the other's by {}; score both with one"),
     ]
     if first.record.get("held_out") is not None:  # the seed chooses those held out
         differing.append(("seed", "its rows are those held out by seed {}, the other's by {}; take one seed"))
     for key, message in differing:
-        ours, theirs = (run.record.get(key) for run in (other, first))
+        ours, theirs = (run.record.get(key, DEFAULTS.get(key)) for run in (other, first))
         if ours != theirs:
             raise ValueError(f"{names} {message.format(_shown(ours), _shown(theirs))}")
+    ours, theirs = (run.record.get("images_hash") for run in (other, first))
+    if None not in (ours, theirs) and ours != theirs:
+        raise ValueError(
+            f"{names} its model saw other pictures (SHA-256 {_shown(ours)} against {_shown(theirs)}); ask both about "
+            "the same ones"
+        )
     here, there = other.examples.keys(), first.examples.keys()
     if here != there:
         sides = [
@@ -108,6 +159,14 @@ def require_same_test_set(first: Run, other: Run) -> None:
             if only
         ]
         raise ValueError(f"{names} {'; '.join(sides)}; score both on the same examples")
+    for own in first.examples:
+        for field in SHARED.get(first.task, ()):
+            ours, theirs = (run.examples[own].get(field) for run in (other, first))
+            if None not in (ours, theirs) and ours != theirs:
+                raise ValueError(
+                    f"{names} {field} of example {own} is {ours!r:.60}, the other's is {theirs!r:.60}; score both on "
+                    "the same files"
+                )
     if first.task == "instruct":
         tokens = [sum(example["tokens"] for example in run.examples.values()) for run in (other, first)]
         if tokens[0] != tokens[1]:
@@ -180,17 +239,38 @@ def _read_run(name: str | None, path: Path) -> Run:
     expected = "give what an evaluation such as eval.scienceqa wrote with --json"
     try:
         record = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); {expected}") from None
-    if not isinstance(record, dict) or record.get("task") not in FIELDS:
+    if not isinstance(record, dict) or not isinstance(record.get("task"), str) or record["task"] not in FIELDS:
         got = f"task {record.get('task')!r}" if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"{path} is no score file of {', '.join(FIELDS)}: it holds {got}; {expected}")
+    _require_kinds(path, record)
     examples, source = None, path
     for key in KEPT_UNDER:
         examples = record.pop(key, None) if examples is None else examples
     if examples is None:
         examples, source = _sibling_examples(path, record)
     return Run(path, name or _label(record, path), record, _by_id(source, examples, record["task"]))
+
+
+def _require_kinds(path: Path, record: dict[str, Any]) -> None:
+    """Raises a ValueError where a field is not of its kind: a text where a score is to be, say."""
+    wanted = [(name, dict, "an object") for name in OBJECTS] + [(name, str, "a text") for name in TEXTS]
+    wanted += [(name, (int, float), "a number") for name in NUMBERS[record["task"]]]
+    wanted += [("n", dict, "an object")] if record["task"] == "scienceqa" else []  # of each class
+    found = [(name, record.get(name), kind, what) for name, kind, what in wanted]
+    for part in ("by_type", "strict", "fuzzy"):
+        rows = record.get(part)
+        for name, row in rows.items() if isinstance(rows, dict) else ():
+            found.append((f"{part} {name}", row, dict, "an object"))
+            scores = row.items() if isinstance(row, dict) else ()
+            found += [(f"{part} {name} {score}", value, (int, float), "a number") for score, value in scores]
+    settings = record.get("model")
+    shots = settings.get("shots") if isinstance(settings, dict) else None
+    found += [("shots", record.get("shots"), (int, list), "a number"), ("model shots", shots, (int, list), "a list")]
+    for name, value, kind, what in found:
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{path}: {name} must be {what}, got {value!r:.60}; score anew with --json")
 
 
 def _sibling_examples(path: Path, record: dict[str, Any]) -> tuple[list[Any], Path]:
@@ -219,8 +299,8 @@ def _sibling_examples(path: Path, record: dict[str, Any]) -> tuple[list[Any], Pa
                 if line.strip():
                     try:
                         lines.append(json.loads(line))
-                    except json.JSONDecodeError as error:
-                        raise ValueError(f"{sibling}, line {number} is not JSON ({error.msg})") from None
+                    except (json.JSONDecodeError, RecursionError) as error:
+                        raise ValueError(f"{sibling}, line {number} is not JSON ({error})") from None
             return lines, sibling
     names = " nor ".join(sibling.name for sibling in siblings)
     raise FileNotFoundError(f"{path} holds no examples, and there is neither {names} beside it; score anew with --json")

@@ -17,14 +17,13 @@ from eval.caption_sums import caption_sums
 from eval.hipe import Span
 from eval.ner_metrics import MATCHES, Counts, count_spans
 from eval.qa_metrics import answer_type
-from eval.report_runs import Run, shot_count
+from eval.report_runs import CAPTION_METRICS, Run, shot_count
 from eval.statistics import Ratio, Sums
 from mmadapter.captions import CaptionedImage, read_captions
 from mmadapter.record import file_sha256
 from mmadapter.scienceqa import CLASSES, Problem, accuracies, held_out, read_problems
 
 Gold = Mapping[str, Problem] | Mapping[str, CaptionedImage]  # by the ids of examples
-CAPTION_METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "SPICE")
 QA_METRICS = {"exact_match": "exact match", "f1": "F1", "wups_0.9": "WUPS 0.9", "wups_0.0": "WUPS 0.0"}
 NER_COUNTS = ("TP", "FP", "FN")
 CLASS_OF = {
@@ -210,11 +209,12 @@ def scores(run: Run, gold: Gold | None) -> dict[str, Score]:
     of_task = {"scienceqa": _scienceqa, "caption": _caption, "qa": _qa, "ner": _ner, "instruct": _instruct}[run.task]
     try:
         found = of_task(run, gold)
-        for name, score in found.items():
-            if score.value is not None and score.sums is not None:
-                _require_same(run, name, score.curve(score.sums.value), score.value)
-    except (KeyError, TypeError, AttributeError) as error:
+        made = {name: score.curve(score.sums.value) for name, score in found.items() if score.sums is not None}
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(f"{run.path}: an example or score is not as eval.{run.task} writes it ({error!r})") from None
+    for name, value in made.items():
+        if found[name].value is not None:
+            _require_same(run, name, value, found[name].value)
     return found
 
 

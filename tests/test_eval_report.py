@@ -262,7 +262,7 @@ def score_captions(world: Path, name: str, captions: list[str], ciders: list[flo
         "model": {"llama": "tiny", "adapter": name, "beams": 1, "shots": 0},
         "command": f"python -m eval.caption --annotations {annotations} --adapter {name}",
         "git_commit": "0" * 40,
-        "data_hash": file_sha256(annotations) if annotations.exists() else "",
+        "data_hash": file_sha256(annotations) if annotations.exists() else "0" * 64,
         "examples": [
             {"image": f"{number}.jpg", "caption": caption, "CIDEr": cider}
             for number, (caption, cider) in enumerate(zip(captions, ciders, strict=True))
@@ -553,12 +553,14 @@ def test_how_a_model_was_asked(world: Path, tmp_path: Path, capsys) -> None:
         "shots": [],
     }
     one = changed(world / "good.json", tmp_path / "one.json", model=likely, adapter="runs/x")
-    two = changed(
-        world / "poor.json", tmp_path / "two.json", model=letter, adapter="none", unparsed=3, on_unparsed="random"
-    )
+    two = changed(world / "poor.json", tmp_path / "two.json", model=letter, adapter="none", unparsed=3)
+    one, two = (changed(path, path, on_unparsed="random") for path in (one, two))
     text = report(capsys, one, two)
     rows = table(text, "| run | how |")
-    assert rows[3][:2] == ["runs/x, 2 shots", "scored by likelihood (mean), QCM-A, 2 shots"]
+    assert rows[3][:2] == [
+        "runs/x, 2 shots",
+        "scored by likelihood (mean), QCM-A, 2 shots, unparsed drawn at random",
+    ]
     assert rows[4][:2] == ["tiny alone", "scored by letter, QCM-ALE, 3 unparsed, unparsed drawn at random"]
     assert "By likelihood: the answer is" in text
     assert "By letter: the answer is" in text
@@ -641,6 +643,9 @@ def test_published_rows_stand_beside_runs_over_their_test_set_only(world: Path, 
         ("poor", {"limit": 30}, "scored with --limit 30, the other with none"),
         ("poor", {"version": 2}, "scored by version 2 of the task, the other by 1"),
         ("scores-b", {"tokenizer": "ptb"}, "cut into words by the tokenizer ptb, the other's by plain"),
+        ("poor", {"on_unparsed": "random"}, "that name no choice count as random, the other's as wrong"),
+        ("poor", {"data_hash": None}, "it does not say on which data it was scored (no data_hash)"),
+        ("poor", {"version": None}, "it does not say by which version of its task it was scored (no version)"),
         ("ner-two", {"column": "NE-FINE-LIT"}, "its entities are of column NE-FINE-LIT, the other's of NE-COARSE-LIT"),
     ],
 )
@@ -649,7 +654,93 @@ def test_runs_over_different_test_sets_are_not_compared(world: Path, tmp_path, c
     other = changed(world / f"{name}.json", tmp_path / "other.json", **fields)
     error = refused(capsys, world / f"{first}.json", other)
     assert message in error
-    assert f"{other} cannot be compared with {world / first}.json:" in error
+    assert f"{other} cannot be compared with " in error
+    assert report(capsys, other), "alone it has nothing to be compared with"
+
+
+def test_runs_that_both_lack_what_decides_are_not_compared(world: Path, tmp_path: Path, capsys) -> None:
+    """Two files without a hash are not of the same data: nobody knows."""
+    one, two = (changed(world / f"{name}.json", tmp_path / f"{name}.json", data_hash=None) for name in ("good", "poor"))
+    assert f"{one} cannot be compared with other runs: it does not say on which data" in refused(capsys, one, two)
+    record = json.loads((world / "poor.json").read_text())
+    del record["on_unparsed"]  # older files always counted them as wrong
+    (tmp_path / "older.json").write_text(json.dumps(record))
+    assert report(capsys, world / "good.json", tmp_path / "older.json")
+
+
+def test_pictures_are_part_of_what_runs_share(world: Path, tmp_path: Path, capsys) -> None:
+    def run(name: str, **fields: object) -> Path:
+        source = world / ("scores-a.json" if name == "one" else "scores-b.json")
+        return changed(source, tmp_path / f"{name}.json", **fields)
+
+    one = run("one", images_hash="a" * 64)
+    error = refused(capsys, one, run("other", images_hash="b" * 64))
+    assert "its model saw other pictures (SHA-256 bbbbbbbbbbbb against aaaaaaaaaaaa)" in error
+    note = "saw the pictures that one saw cannot be told"
+    assert note not in report(capsys, f"one={one}", run("same", images_hash="a" * 64))
+    assert note in report(capsys, f"one={one}", run("older"))
+    assert note in report(capsys, f"one={one}", run("file", images_hash=None, predictions_hash="c" * 64))
+    assert note not in report(capsys, f"one={one}", run("blind", images_hash=None, predictions_hash=None))
+    assert note not in report(capsys, f"one={run('one')}", run("older"))
+
+
+@pytest.mark.parametrize(
+    ("names", "field", "value", "message"),
+    [
+        (("qa-yes", "qa-no"), "question", "Another?", "question of example q0 is 'Another?', the other's is 'How many"),
+        (("qa-yes", "qa-no"), "references", ["7"], "references of example q0 is ['7'], the other's is ['word 0']"),
+        (("ner-one", "ner-two"), "gold", [], "gold of example d0 is [], the other's is [{"),
+    ],
+)
+def test_references_are_part_of_what_runs_share(world, tmp_path, capsys, names, field, value, message) -> None:
+    """Files that were edited, or of gold files that differ where their hash was not kept."""
+    first, second = (world / f"{name}.json" for name in names)
+    examples = json.loads(second.read_text())["predictions"]
+    examples[0][field] = value
+    assert message in refused(capsys, first, changed(second, tmp_path / "other.json", predictions=examples))
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("good", {"model": [1]}, "model must be an object, got [1]"),
+        ("good", {"task": ["q"]}, "it holds task ['q']"),
+        ("good", {"avg": "90"}, "avg must be a number, got '90'"),
+        ("good", {"n": 3}, "n must be an object, got 3"),
+        ("good", {"adapter": 3}, "adapter must be a text, got 3"),
+        ("good", {"shots": "many"}, "shots must be a number, got 'many'"),
+        ("good", {"model": {"shots": "many"}}, "model shots must be a list, got 'many'"),
+        ("scores-a", {"CIDEr": "1.0"}, "CIDEr must be a number, got '1.0'"),
+        ("qa-yes", {"f1": {}}, "f1 must be a number, got {}"),
+        ("qa-yes", {"by_type": {"number": {"f1": "x"}}}, "by_type number f1 must be a number, got 'x'"),
+        ("ner-one", {"strict": {"ALL": []}}, "strict ALL must be an object, got []"),
+        ("instruct-one", {"loss": "low"}, "loss must be a number, got 'low'"),
+    ],
+)
+def test_a_damaged_score_file_is_named(world: Path, tmp_path: Path, capsys, name, fields, message) -> None:
+    bad = changed(world / f"{name}.json", tmp_path / "bad.json", **fields)
+    for runs in ([bad], [world / f"{name}.json", bad]):
+        error = refused(capsys, *runs)
+        assert f"error: {bad}" in error
+        assert message in error
+        assert "--debug" not in error
+
+
+def test_damaged_examples_are_named(world: Path, tmp_path: Path, capsys) -> None:
+    bad = tmp_path / "scores-x.json"
+    bad.write_text(DEEP)
+    assert f"error: {bad} is not JSON" in refused(capsys, bad)
+    record = json.loads((world / "qa-yes.json").read_text())
+    examples = record.pop("predictions")
+    bad.write_text(json.dumps(record))
+    (tmp_path / "predictions-x.jsonl").write_text(DEEP)
+    assert f"error: {tmp_path / 'predictions-x.jsonl'}, line 1 is not JSON" in refused(capsys, bad)
+    examples[3]["f1"] = "high"
+    changed(bad, bad, predictions=examples)
+    assert f"error: {bad}: an example or score is not as eval.qa writes it" in refused(capsys, bad)
 
 
 def test_rows_held_out_by_different_seeds_are_not_compared(world: Path, tmp_path: Path, capsys) -> None:
