@@ -170,10 +170,11 @@ def _cell(score: Score, resamples: int, seed: int) -> Cell:
 
 
 def _can_pair(first: Score | None, second: Score | None) -> bool:
-    return all(
+    able = all(
         score is not None and score.value is not None and score.sums is not None and score.paired
         for score in (first, second)
     )
+    return able and len(first.sums) == len(second.sums)
 
 
 def _compare(run: Run, name: str, first: Score, second: Score, resamples: int, seed: int) -> Comparison:
@@ -187,7 +188,9 @@ def _compare(run: Run, name: str, first: Score, second: Score, resamples: int, s
         detail = f"only this one right: {outcome.only_second}; only the first: {outcome.only_first}"
     else:
         p = permutation_test(one, two, resamples=resamples, seed=seed)
-        test = "sign permutation" if means else "approximate randomisation"
+        # Means too, where each cluster has as many examples in both runs.
+        test = "sign permutation" if means or first.cluster else "approximate randomisation"
+        test += f" by {first.cluster}" if first.cluster else ""
     interval = difference_interval(one, two, resamples=resamples, seed=seed)
     return Comparison(run, name, second.value - first.value, interval, p, test, detail)
 
@@ -216,11 +219,14 @@ def _notes(
     task = runs[0].task
     cells = [row.cells[name] for row in rows for name in shown.columns]
     notes = [shown.unit]
+    cluster = next((score.cluster for own in found for score in own.values() if score.cluster), "")
+    drawn = cluster or shown.example
     if any(cell.interval for cell in cells):
-        over = "the questions of each class" if task == "scienceqa" else f"{shown.example}s"
+        over = "the questions of each class" if task == "scienceqa" else f"{drawn}s"
+        over += f", each with all its {shown.example}s" if cluster else ""
         notes.append(
             f"In brackets: 95% intervals, the percentile bootstrap over {over} ({resamples:,} "
-            f"resamples, seed {seed}). They say how much a score depends on which {shown.example}s were drawn, not on "
+            f"resamples, seed {seed}). They say how much a score depends on which {drawn}s were drawn, not on "
             "how the model was trained."
         )
     bare = [
@@ -239,9 +245,7 @@ def _notes(
         for own, row in zip(found, rows, strict=True)
         for name in shown.columns
     ):
-        notes.append(
-            f"A score that all {shown.example}s agree on has no interval: resampling cannot tell how sure it is."
-        )
+        notes.append(f"A score that all {drawn}s agree on has no interval: resampling cannot tell how sure it is.")
     if task == "qa" and (constant := runs[0].record.get("constant")):
         marks = [
             f"{label} {constant[name]:.{shown.decimals}f}"
@@ -256,7 +260,7 @@ def _notes(
         notes += _uncounted(found[0], table)
     if len(runs) > 1 and comparisons:
         notes.append(
-            f"Tests are paired by {shown.example}, two-sided, each run against {runs[0].label}; p is not corrected for "
+            f"Tests are paired by {drawn}, two-sided, each run against {runs[0].label}; p is not corrected for "
             "the number of tests."
         )
     unknown = [run.label for run in runs[1:] if pictures_unknown(runs[0], run)]

@@ -26,7 +26,7 @@ FIELDS = {
     "instruct": ("where", "tokens", "loss", "base_loss"),
 }
 # What runs have in common beside the ids, where their examples have it: the question, or what is right.
-SHARED = {"qa": ("question", "references"), "ner": ("gold",)}
+SHARED = {"qa": ("question", "references", "image"), "ner": ("gold",)}
 # Fields of a score file that are not null, by what they are.
 OBJECTS = ("model", "by_type", "constant", "left_out", "strict", "fuzzy")
 TEXTS = ("command", "adapter", "base", "split", "column", "template")

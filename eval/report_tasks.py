@@ -46,6 +46,7 @@ class Score:
     Attributes:
         value: As the score file has it, None where it was left out.
         sums: The same from the examples, None where they do not add up to it.
+        cluster: What the sums are of in place of single examples, "" for examples.
         paired: Whether the sums are of all the examples of the first run, in its order, so that a test may pair them.
         count: How many examples (or entities) it is of.
         curve: What turns what the sums give into the value; it must not change their order.
@@ -53,6 +54,7 @@ class Score:
 
     value: float | None
     sums: Sums | None = None
+    cluster: str = ""
     paired: bool = True
     count: int | None = None
     curve: Callable[[float], float] = float
@@ -219,8 +221,7 @@ def scores(run: Run, gold: Gold | None) -> dict[str, Score]:
 
 
 def _require_same(run: Run, name: str, made: float, kept: float) -> None:
-    # A ratio of nothing (no entity of a type) is nan here and 0 in the file.
-    if not math.isnan(made) and abs(made - kept) > 1e-6 * max(1.0, abs(kept)):
+    if abs(made - kept) > 1e-6 * max(1.0, abs(kept)):
         raise ValueError(
             f"{run.path}: its examples give {name} {made:.6g}, the file says {kept:.6g}; do they belong together? "
             "score anew with --json"
@@ -311,15 +312,20 @@ def _caption(run: Run, gold: Gold | None) -> dict[str, Score]:
 
 
 def _qa(run: Run, gold: Gold | None) -> dict[str, Score]:
+    """Means over questions. Those about one picture are drawn and exchanged together, as they are alike."""
     examples = list(run.examples.values())
+    pictures = [example.get("image") or ("question", place) for place, example in enumerate(examples)]
+    cluster = "picture" if len(set(pictures)) < len(pictures) else ""
     found = {}
     for name in QA_METRICS:
         own = [example.get(name) for example in examples]
-        found[name] = Score(run.record.get(name), None if None in own else Ratio.mean(own), count=len(own))
+        sums = None if None in own else Ratio.mean(own).pooled(pictures)
+        found[name] = Score(run.record.get(name), sums, cluster, count=len(own))
     kinds = [answer_type(example["references"][0]) for example in examples]
     for kind, means in run.record.get("by_type", {}).items():
-        own = [example["f1"] for example, one in zip(examples, kinds, strict=True) if one == kind]
-        found[f"f1 of {kind}"] = Score(means["f1"], Ratio.mean(own), count=len(own))
+        places = [place for place, one in enumerate(kinds) if one == kind]
+        sums = Ratio.mean([examples[place]["f1"] for place in places]).pooled([pictures[place] for place in places])
+        found[f"f1 of {kind}"] = Score(means["f1"], sums, cluster, count=len(places))
     return found
 
 

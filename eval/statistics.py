@@ -2,6 +2,7 @@
 
 A score is what a formula makes of sums over examples. Most are a ratio of two, which takes in means (the denominators
 are 1), loss a token (losses over tokens) and micro-averaged F1 (2 TP over 2 TP + FP + FN); BLEU and METEOR take more.
+A ratio of nothing is 0, of all examples as of a resample, as the precision of a run that predicts nothing is.
 Shapes: n examples, S sums, R resamples, r of them at once. Memory stays small: resamples are drawn in portions.
 """
 
@@ -43,6 +44,16 @@ class Ratio:
         """
         return cls.mean(np.repeat([factor, 0.0], [count, of - count]))
 
+    def pooled(self, groups: Sequence[object]) -> Ratio:
+        """The same score with groups of examples in place of examples, such as all questions about one picture.
+
+        Args:
+            groups: Of each example, [n]. They come in the order of their first examples.
+        """
+        number = {group: place for place, group in enumerate(dict.fromkeys(groups))}
+        places = [number[group] for group in groups]
+        return Ratio(*(np.bincount(places, part, len(number)) for part in (self.numerator, self.denominator)))
+
     @property
     def columns(self) -> np.ndarray:
         """What each example adds to either sum, float64 [n, 2]."""
@@ -54,7 +65,7 @@ class Ratio:
 
     @property
     def value(self) -> float:
-        """The score; nan where there is nothing below the line."""
+        """The score; 0 where there is nothing below the line."""
         return float(_divide(self.numerator.sum(), self.denominator.sum()))
 
     def __len__(self) -> int:
@@ -190,9 +201,9 @@ def _coin(heads: int, throws: int) -> float:
 
 
 def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """nan where the denominator is 0."""
+    """0 where the denominator is."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(denominator == 0, np.nan, numerator / denominator)
+        return np.where(denominator == 0, 0.0, numerator / denominator)
 
 
 def _portions(n: int, resamples: int) -> Iterator[int]:
@@ -217,13 +228,12 @@ def _drawn(columns: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def _quantiles(values: np.ndarray, level: float, size: float) -> tuple[float, float] | None:
-    """The interval that holds the middle part of the values; resamples that have no score are passed over.
+    """The interval that holds the middle part of the values.
 
     Args:
         size: Of the scores that the values are of: they are the same if they differ by less than a billionth of it.
     """
-    values = values[~np.isnan(values)]
-    if not len(values) or np.ptp(values) <= 1e-9 * size:
+    if np.ptp(values) <= 1e-9 * size:
         return None
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -101,11 +101,41 @@ def test_the_seed_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(statistics._portions(10**9, 7)) == 7
 
 
-def test_resamples_without_a_score_are_passed_over() -> None:
-    """A type of entity that stands in one document of three is in no document of some resamples: 0 / 0."""
-    low, high = bootstrap_interval(Ratio(np.array([1.0, 0.0, 0.0]), np.array([2.0, 1.0, 0.0])), resamples=500)
-    assert (low, high) == (0.0, 0.5)
-    assert bootstrap_interval(Ratio(np.zeros(3), np.zeros(3))) is None
+def test_a_ratio_of_nothing_is_nothing() -> None:
+    """A run that predicts in one document of five predicts nothing in a third of the resamples: precision 0 of 0."""
+    score = Ratio(np.array([1.0, 0, 0, 0, 0]), np.array([1.0, 0, 0, 0, 0]))
+    assert bootstrap_interval(score, resamples=500) == (0.0, 1.0), "not 1 in all resamples that have a value"
+    assert difference_interval(Ratio(np.zeros(5), np.zeros(5)), score, resamples=500) == (0.0, 1.0)
+    nothing = Ratio(np.zeros(3), np.zeros(3))
+    assert nothing.value == 0
+    assert bootstrap_interval(nothing) is None
+
+
+def test_a_run_that_predicts_nothing_differs_from_one_that_predicts() -> None:
+    """Its precision was no number, and p 1."""
+    n = 12
+    right, found = np.full(n, 3.0), np.full(n, 4.0)
+    nothing = Ratio(np.zeros(n), np.zeros(n))
+    assert permutation_test(nothing, Ratio(right, found)) == pytest.approx(2 / 2**n, abs=0.0005)
+    assert permutation_test(nothing, Ratio(right, found)) == permutation_test(Ratio(right, found), nothing)
+    few, many = np.zeros(n), np.zeros(n)
+    few[0], many[0] = 1.0, 2.0  # one prediction, half of them right: which run made it does not say much
+    assert permutation_test(nothing, Ratio(few, many)) == 1.0
+
+
+def test_questions_about_one_picture_are_drawn_together() -> None:
+    """Ten copies of each question are no more evidence than one."""
+    generator = np.random.default_rng(4)
+    values, other = generator.random(40), generator.random(40) + 0.1
+    groups = np.repeat(np.arange(40), 10)
+    once, copies = Ratio.mean(values), Ratio.mean(np.repeat(values, 10)).pooled(groups)
+    assert copies.value == pytest.approx(once.value)
+    assert bootstrap_interval(copies, seed=3) == pytest.approx(bootstrap_interval(once, seed=3))
+    pair = Ratio.mean(other), Ratio.mean(np.repeat(other, 10)).pooled(groups)
+    assert permutation_test(copies, pair[1]) == permutation_test(once, pair[0])
+    uneven = Ratio.mean([1.0, 0.0, 0.0]).pooled(["a", "b", "a"])
+    assert (uneven.numerator.tolist(), uneven.denominator.tolist()) == ([1.0, 0.0], [2.0, 1.0])
+    assert uneven.value == pytest.approx(1 / 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------- tests
@@ -525,6 +555,32 @@ def test_questions_entities_and_losses(world: Path, capsys) -> None:
     for place in (1, 2, 3):
         assert float(perplexity[place]) == pytest.approx(math.exp(float(loss[place])), rel=2e-3)
     assert [row[1] for row in table(text, "| run | score | difference |")[2:]] == ["loss a token"]
+
+
+def test_questions_are_resampled_and_tested_by_their_pictures(world: Path, tmp_path: Path, capsys) -> None:
+    def with_pictures(name: str, per_picture: int) -> Path:
+        examples = json.loads((world / f"{name}.json").read_text())["predictions"]
+        own = [{**example, "image": f"{n // per_picture}.jpg"} for n, example in enumerate(examples)]
+        return changed(world / f"{name}.json", tmp_path / f"{name}.json", predictions=own)
+
+    text = report(capsys, *(with_pictures(name, 3) for name in ("qa-yes", "qa-no")))
+    assert "the percentile bootstrap over pictures, each with all its questions (400 resamples" in text
+    assert "Tests are paired by picture, two-sided" in text
+    rows = table(text, "| run | score |")[2:]
+    assert {row[4] for row in rows} == {"sign permutation by picture"}
+    alone = report(capsys, *(with_pictures(name, 1) for name in ("qa-yes", "qa-no")))
+    assert "bootstrap over questions (" in alone
+    assert "McNemar, exact" in alone, "a picture each: nothing goes together"
+
+
+def test_a_run_without_entities_is_tested(world: Path, tmp_path: Path, capsys) -> None:
+    write_hipe(tmp_path / "nothing.tsv", lambda document, label: "O")
+    command = ["--gold", str(world / "gold.tsv"), "--predictions", str(tmp_path / "nothing.tsv")]
+    assert ner.main([*command, "--json", str(tmp_path / "nothing.json")]) == 0
+    capsys.readouterr()
+    rows = table(report(capsys, tmp_path / "nothing.json", world / "ner-one.json"), "| run | score |")[2:]
+    assert [row[1] for row in rows][:3] == ["strict P", "strict R", "strict F1"]
+    assert all(float(row[3]) < 0.1 for row in rows[:3]), "6 documents: 2 of 64 exchanges are as far apart"
 
 
 def test_what_the_commonest_answer_gets_is_said(world: Path, tmp_path: Path, capsys) -> None:
