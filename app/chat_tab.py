@@ -31,12 +31,13 @@ def bubbles(talk: Talk, side: int) -> list[dict[str, str]]:
 
 
 def status_html(outcome: Outcome) -> str:
-    """One line below the conversation: how the answer is getting on, or what went wrong."""
+    """Below the conversation: how the answer is getting on, or what went wrong."""
     if outcome.error:
         return problem(outcome.error)
     pieces = [f"{side_name(answer.side)}: {status_text(answer)}" for answer in outcome.answers]
     notes = sorted({answer.note for answer in outcome.answers if answer.note})
-    return controls.thanks(" · ".join(pieces + notes))
+    busy = "false" if outcome.done else "true"
+    return f'<div aria-busy="{busy}">{controls.thanks(" · ".join(pieces + notes))}</div>'
 
 
 def build_chat_tab(tasks: Tasks) -> None:
@@ -46,7 +47,7 @@ def build_chat_tab(tasks: Tasks) -> None:
         with gr.Column(scale=8, min_width=300):
             with gr.Row(elem_classes="chats"):
                 chatbots = [_chatbot(0), _chatbot(1)]
-            status = gr.HTML(controls.thanks(""))
+            status = gr.HTML(controls.thanks(""), elem_id="chat-status")
             with gr.Row(elem_classes="actions say"):
                 text = gr.Textbox(
                     "",

@@ -17,6 +17,7 @@ from app.service import Busy, Failure
 from app.tasks import Current, Tasks, sentence
 
 NOBODY = ""  # compare with: nobody
+ONLY = ("The answer", 0)  # which one to judge, where there is one
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
@@ -166,6 +167,16 @@ def judge_row(tasks: Tasks, outcome: gr.State) -> Callable[[Any], None]:
         return kept
 
     with gr.Row(elem_classes="thumbs"):
+        which = gr.Dropdown(
+            [ONLY],
+            value=0,
+            label="Which answer to judge",
+            show_label=False,
+            container=False,
+            filterable=False,
+            interactive=False,
+            elem_classes="judged",
+        )
         up = gr.Button("Good answer", size="sm", elem_classes="thumb-up")
         down = gr.Button("Bad answer", size="sm", elem_classes="thumb-down")
         comment = gr.Textbox(
@@ -175,23 +186,23 @@ def judge_row(tasks: Tasks, outcome: gr.State) -> Callable[[Any], None]:
             container=False,
             max_lines=1,
         )
-    which = gr.Radio([("1", 0)], value=0, label="Which answer to judge", visible=False, elem_classes="judged")
     said = gr.HTML(thanks(""), elem_classes="said")
     for verdict, event in (("up", up.click), ("down", down.click), (None, comment.submit)):
         event(judge(verdict), [outcome, comment, which], [said, comment], queue=False, **QUIET)
 
-    def offer(shown: Outcome | None) -> gr.Radio:
+    def offer(shown: Outcome | None) -> gr.Dropdown:
         answers = () if shown is None else shown.answers
         if len(answers) < 2:
-            return gr.Radio([("1", 0)], value=0, visible=False)
+            return gr.Dropdown([ONLY], value=0, interactive=False)
         names = [f"{number}: {side_name(answer.side)}" for number, answer in enumerate(answers, 1)]
-        return gr.Radio(list(zip(names, range(len(names)), strict=True)), value=0, visible=True)
+        return gr.Dropdown(list(zip(names, range(len(names)), strict=True)), value=0, interactive=True)
 
     return lambda event: event.then(offer, outcome, which, **QUIET)
 
 
 def thanks(text: str) -> str:
-    return f'<div class="thanks" role="status">{escape(text)}</div>'
+    """A line that page.js says to screen readers."""
+    return f'<div class="thanks">{escape(text)}</div>'
 
 
 def inside_panel(tasks: Tasks, outcome: gr.State) -> Callable[..., Any]:

@@ -28,13 +28,13 @@ def problem(text: str) -> str:
 
 
 def outcome_html(outcome: Outcome, question: str = "") -> str:
-    """The answers side by side, those of one side in one card."""
+    """The answers side by side, those of one side in one card; page.js says them when they are no longer busy."""
     if outcome.error:
         return problem(outcome.error)
     sides = by_side(outcome.answers)
     cards = "".join(_card(answers, question) for answers in sides)
     busy = "false" if outcome.done else "true"
-    return f'<div class="answers{" two" if len(sides) > 1 else ""}" aria-live="polite" aria-busy="{busy}">{cards}</div>'
+    return f'<div class="answers{" two" if len(sides) > 1 else ""}" aria-busy="{busy}">{cards}</div>'
 
 
 def by_side(answers: Sequence[Answer]) -> list[list[Answer]]:
@@ -65,7 +65,8 @@ def files_html(files: Files) -> str:
         rows = rows[max(0, files.done - LATEST) : files.done + LATEST]
     body = "".join(_file_row(row) for row in rows)
     return (
-        f'<div class="files"><div class="head"><span role="status">{escape(status)}</span>{links}</div>'
+        f'<div class="files" aria-busy="{"false" if files.finished else "true"}">'
+        f'<div class="head"><span>{escape(status)}</span>{links}</div>'
         f'<progress max="{total}" value="{files.done}" aria-label="Captions done"></progress>'
         '<div class="scroll" tabindex="0" role="region" aria-label="Captions of the files"><table>'
         '<thead><tr><th scope="col">Picture</th><th scope="col">Caption</th></tr></thead>'
@@ -103,7 +104,8 @@ def _card(answers: Sequence[Answer], question: str) -> str:
         copy = '<button type="button" class="copy" data-do="copy">Copy</button>'
     return (
         f'<article class="answer" aria-label="Answer of {escape(name)}"><header><span class="who">{escape(name)}</span>'
-        f"{badge}</header>{asked}{body}{note}<footer><span>{escape(status_text(slowest))}</span>{copy}</footer></article>"
+        f'{badge}</header><div class="text">{asked}{body}{note}</div>'
+        f"<footer><span>{escape(status_text(slowest))}</span>{copy}</footer></article>"
     )
 
 

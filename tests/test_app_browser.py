@@ -148,6 +148,37 @@ def set_number(page: Any, place: str, value: float) -> None:
     page.keyboard.press("Tab")
 
 
+def watch(page: Any, *names: str) -> None:
+    """Notes in every frame where the first visible ones of these stand, for `still`."""
+    page.evaluate(
+        """(names) => {
+            const met = window.met = Object.fromEntries(names.map((name) => [name, new Set()]));
+            const look = () => {
+                for (const name of names) {
+                    const one = [...document.querySelectorAll(name)].find((one) => one.offsetParent);
+                    const { x, y, width, height } = one.getBoundingClientRect();
+                    met[name].add([x + scrollX, y + scrollY, width, height].map(Math.round).join(" "));
+                }
+                window.watching = requestAnimationFrame(look);
+            };
+            look();
+        }""",
+        names,
+    )
+
+
+def still(page: Any) -> bool:
+    """Whether nothing that is watched has moved or changed its size."""
+    places = page.evaluate(
+        """() => {
+            cancelAnimationFrame(watching);
+            return Object.fromEntries(Object.entries(met).map(([name, places]) => [name, [...places]]));
+        }"""
+    )
+    assert {name: met for name, met in places.items() if len(met) > 1} == {}
+    return True
+
+
 def eventually(check: Callable[[], bool]) -> None:
     end = time.monotonic() + PATIENCE / 1000
     while not check():
@@ -292,7 +323,7 @@ def test_the_chosen_side_of_a_comparison_is_judged(desk: Any, site: Site) -> Non
     desk.click("#caption-go")
     desk.wait_for_function("document.querySelectorAll('#caption-result article').length == 2")
     words(desk, "#caption-result")
-    desk.get_by_label("2: base model").check()
+    choose(desk, ".judged", "2: base model")
     desk.get_by_role("button", name="Bad answer").first.click()
     eventually(lambda: len(site.feedback.read_text().splitlines()) == 3)
     last = json.loads(site.feedback.read_text().splitlines()[-1])
@@ -396,7 +427,7 @@ def test_stop_ends_a_chat_and_nothing_jumps(desk: Any, site: Site) -> None:
     desk.locator("#chat-0 .bot").first.wait_for()
     assert abs(desk.locator("#chat-text").bounding_box()["y"] - before) < 1
     desk.keyboard.press("Escape")  # presses the same Stop
-    desk.get_by_text("stopped").wait_for()
+    desk.locator("#chat-status", has_text="stopped").wait_for()
     assert stop.is_disabled()
     assert abs(desk.locator("#chat-text").bounding_box()["y"] - before) < 1
 
@@ -463,6 +494,122 @@ def test_two_sides_chat_side_by_side(desk: Any, site: Site) -> None:
     left, right = (desk.locator(f"#chat-{side}").bounding_box() for side in (0, 1))
     assert left["x"] + left["width"] <= right["x"]
     choose(desk, "#chat-against", "Nothing")
+
+
+@pytest.mark.parametrize("view", [DESK, PHONE], ids=["desk", "phone"])
+@pytest.mark.parametrize("tab", ["caption", "ask"])
+def test_nothing_jumps_while_an_answer_is_written(browser: Any, site: Site, tab: str, view: dict[str, int]) -> None:
+    """Neither longer text than fits nor the choice of what is judged moves what is below; the end of a text is seen."""
+    page = visit(browser, site, view, f"/?tab={tab}")
+    page.wait_for_selector(f"#{tab}-go")
+    fixed = [f"#{tab}-result", ".stop-now", ".thumb-up", ".thumbs > :last-child", ".judged"]
+    page.add_style_tag(content=".words { font-size: 5rem !important; }")  # longer than fits
+
+    def go() -> None:
+        if tab == "ask":
+            page.locator("#ask-question textarea").fill("What is it?")
+            page.click("#ask-go")
+        else:
+            page.click("#caption-go")
+
+    watch(page, *fixed, ".model")
+    page.locator(f"#{tab}-picture input[type=file]").set_input_files(site.tiny.picture(0))
+    page.wait_for_selector(f"#{tab}-picture img")
+    if tab == "ask":
+        go()
+    words(page, f"#{tab}-result")
+    card = page.locator(f"#{tab}-result .text")
+    assert card.evaluate("(box) => box.scrollHeight > box.clientHeight")
+    eventually(lambda: card.evaluate("(box) => box.scrollTop + box.clientHeight >= box.scrollHeight - 1"))
+    assert still(page)
+
+    choose(page, "#answer-against" if tab == "ask" else "#caption-against", "(tuned)")
+    go()
+    page.wait_for_function("(place) => document.querySelectorAll(place).length == 2", arg=f"#{tab}-result article")
+    watch(page, *fixed)
+    words(page, f"#{tab}-result")
+    eventually(page.locator(".judged input:visible").is_enabled)
+    assert still(page)
+    page.context.close()
+
+
+@pytest.mark.parametrize("view", [DESK, PHONE], ids=["desk", "phone"])
+def test_nothing_jumps_in_the_chat(browser: Any, site: Site, view: dict[str, int]) -> None:
+    """Neither a status of two sides and their notes nor an error moves the message box."""
+    page = visit(browser, site, view, "/?tab=chat")
+    page.wait_for_selector("#chat-text")
+    fixed = ["#chat-0", "#chat-text", ".stop-now", ".thumb-up", ".thumbs > :last-child", ".model"]
+    site.pause[0] = 0.02
+    page.locator("#chat-picture input[type=file]").set_input_files(site.tiny.picture(0))
+    page.wait_for_selector("#chat-picture img")
+    for against in (None, "Base model"):
+        if against is not None:
+            choose(page, "#chat-against", against)
+            page.locator("#chat-1").wait_for()
+        watch(page, *fixed)
+        page.click("#chat-send")
+        page.locator("#chat-status [role=alert]").wait_for()
+        page.locator("#chat-text textarea").fill("Hello.")
+        page.click("#chat-send")
+        page.locator("#chat-status", has_text="tokens …").wait_for()
+        page.keyboard.press("Escape")
+        page.wait_for_selector("#chat-status [aria-busy=false]")
+        if against is not None:
+            page.locator("#chat-status", has_text="cannot see").wait_for()
+            eventually(page.locator(".judged input:visible").is_enabled)
+        assert still(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= view["width"]
+    page.context.close()
+
+
+def test_a_screen_reader_hears_an_answer_once_when_it_is_written(browser: Any, site: Site) -> None:
+    """Not each token, and from an element that stays: one that comes with its text is not always read."""
+    page = visit(browser, site, DESK)
+    page.wait_for_selector("#aloud", state="attached")
+    page.evaluate(
+        """() => {
+            window.heard = [];
+            const live = "[role=status], [role=log]:not([aria-live=off]), [aria-live=polite], [aria-live=assertive]";
+            new MutationObserver((records) => records.forEach(({ target, addedNodes }) => {
+                const element = target.closest ? target : target.parentElement;
+                const come = [...addedNodes].filter((one) => one.matches);
+                const within = come.flatMap((one) => [one, ...one.querySelectorAll("*")]);
+                for (const region of [element?.closest(live), ...within.filter((one) => one.matches(live))])
+                    if (region) heard.push(region.id + ": " + region.innerText);
+            })).observe(document.body, { childList: true, characterData: true, subtree: true });
+        }"""
+    )
+
+    def heard() -> str:
+        """What has been heard, if only once, and from that element."""
+        eventually(lambda: bool(page.evaluate("heard")))
+        texts = page.evaluate("heard.splice(0)")
+        assert len(texts) == 1, texts
+        (text,) = texts
+        assert text.startswith("aloud: ")
+        return letters(text)
+
+    site.pause[0] = 0.02
+    page.locator("#caption-picture input[type=file]").set_input_files(site.tiny.picture(0))
+    caption = words(page, "#caption-result")
+    assert letters("aloud: sees") + caption in heard()
+    page.get_by_role("button", name="Good answer").first.click()
+    assert heard() == letters("aloud: Thank you, that is kept.")
+
+    page.get_by_role("tab", name="Ask").click()
+    page.get_by_role("button", name="Is there a person?").click()
+    page.locator("#ask-result", has_text="Is there a person?").wait_for()
+    answer = words(page, "#ask-result")
+    assert letters("aloud: sees") + answer in heard()
+
+    page.get_by_role("tab", name="Chat").click()
+    page.locator("#chat-text textarea").fill("Hello.")
+    page.keyboard.press("Enter")
+    page.locator("#chat-status", has_text="tokens …").wait_for()
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#chat-status [aria-busy=false]")
+    assert heard().startswith("aloud" + letters(page.locator("#chat-0 .bot .prose").inner_text()))
+    page.context.close()
 
 
 @pytest.mark.parametrize("tab", ["Caption", "Ask", "Chat"])
