@@ -15,6 +15,9 @@ from app.uploads import Limits, TooLarge
 
 SECONDS = 20.0  # for all of it
 MOST_REDIRECTS = 3
+NAT64 = ipaddress.ip_network("64:ff9b::/96")  # how networks of IPv6 alone reach IPv4 addresses (RFC 6052)
+# IPv4-compatible, IPv4-translated, a network's own NAT64, site-local: `is_global` lets them through.
+NEVER_PUBLIC = [ipaddress.ip_network(name) for name in ("::/96", "::ffff:0:0:0/96", "64:ff9b:1::/48", "fec0::/10")]
 
 
 async def fetch_image(address: str, limits: Limits) -> bytes:
@@ -93,6 +96,12 @@ async def _public_address(url: httpx.URL) -> str:
 
 def is_public(address: str) -> bool:
     """Whether an IP address belongs to the public internet; one that wraps an IPv4 address counts as that."""
-    parsed = ipaddress.ip_address(address.partition("%")[0])
-    mapped = getattr(parsed, "ipv4_mapped", None) or getattr(parsed, "sixtofour", None)
-    return (mapped or parsed).is_global and not parsed.is_multicast
+    parsed: ipaddress.IPv4Address | ipaddress.IPv6Address = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if any(parsed in network for network in NEVER_PUBLIC):
+            return False
+        if parsed in NAT64:
+            parsed = ipaddress.IPv4Address(parsed.packed[-4:])
+        else:
+            parsed = parsed.ipv4_mapped or parsed.sixtofour or parsed
+    return parsed.is_global and not parsed.is_multicast
