@@ -93,11 +93,11 @@ class Files:
         return sum(row.done for row in self.rows)
 
     def as_csv(self) -> str:
-        """Columns image, caption, error; with the mark by which spreadsheets know UTF-8."""
+        """Columns image, caption, error; with the mark by which spreadsheets know UTF-8, and without formulas."""
         text = io.StringIO()
         writer = csv.writer(text)
         writer.writerow(["image", "caption", "error"])
-        writer.writerows([row.name, row.caption, row.error] for row in self.rows if row.done)
+        writer.writerows(map(_no_formula, (row.name, row.caption, row.error)) for row in self.rows if row.done)
         return "\ufeff" + text.getvalue()
 
     def as_json_lines(self) -> str:
@@ -108,3 +108,8 @@ class Files:
             if row.done
         )
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _no_formula(cell: str) -> str:
+    """A cell that spreadsheets take as text: a file's name or a caption may begin as a formula does."""
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell

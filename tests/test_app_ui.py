@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import gc
+import io
 import itertools
 import json
 import re
@@ -305,6 +307,16 @@ def test_questions_about_one_picture_share_it(tasks: Tasks, service: FakeService
     service.made.clear()
     gc.collect()
     assert [*tasks._pictures] == []
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r"])
+def test_a_cell_of_the_csv_is_no_formula(start: str) -> None:
+    """A spreadsheet would run it: `=HYPERLINK(...)` as a file's name, say. JSON lines keep what was written."""
+    rows = FileRow(f"{start}1.png", caption=f"{start}2 dogs"), FileRow("a=b.png", error=f"{start}3")
+    files = Files(rows, finished=True)
+    table = list(csv.reader(io.StringIO(files.as_csv().removeprefix("\ufeff"), newline="")))
+    assert table[1:] == [[f"'{start}1.png", f"'{start}2 dogs", ""], ["a=b.png", "", f"'{start}3"]]
+    assert json.loads(files.as_json_lines().splitlines()[0]) == {"image": f"{start}1.png", "caption": f"{start}2 dogs"}
 
 
 def test_a_stopped_batch_keeps_what_is_done(tasks: Tasks, photo: Path) -> None:
