@@ -50,11 +50,13 @@ holds problems.json, pid_splits.json and images/SPLIT/PID/FILE. Predictions are 
 ({"results": {pid: index}}), {"outputs": {pid: text}}, a JSON list of texts in the order of the split, or JSON lines of
 pid and answer (a text or an index) or LLaVA's of question_id and text.
 
-A text names a choice as a whole ("B", "(B)", "B." or the option's text; b is B), else by the last "answer is ..." in
-it, else by what stands before "BECAUSE:", else by the letter that it begins with ("B. Louisiana"). One that names none
-is wrong, and it is counted and shown as unparsed.
+A text names a choice as a whole ("B", "(B)", "B.", "B)", "B:" or the option's text; b is B), else by the last "answer
+is X" in it, X a letter or an option's text, whichever is longer, else by what stands before "BECAUSE:", else by the
+letter that it begins with ("B. Louisiana"). X is not the beginning of a longer word or number (1 is not in 1.5). A
+letter with another option's text right behind it ("The answer is A. Virginia", "A magnet") names none, nor does an
+option's text with another letter in brackets. A text that names none is wrong, and counted and shown as unparsed.
 """
-TASK_VERSION = 1
+TASK_VERSION = 2  # of 1 the texts were read by other rules
 UNPARSED_SHOWN, UNPARSED_WIDTH = 3, 70  # answers, and characters of each
 MODEL_ONLY = ("out", "score", "format", "answer_form", "normalise", "shots", "batch_size")
 

@@ -20,6 +20,10 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SUBJECTS = {"NAT": "natural science", "SOC": "social science", "LAN": "language science"}
 CLASSES = ("avg", "NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12")
 ANSWER_FORMS = ("letter", "text")
+# Where a letter or an option ends, and not within a longer word or number.
+WORD_END = r"(?!\w|[.,:]\d|['’/‐‑-]\w|–\d)"
+# Where the text of an option ends that is all that is said of it.
+TEXT_END = r"(?=[.;!?]*(?: BECAUSE:|$)|[.;!?] )"
 FORMAT_EXAMPLES = "QCM-A, QCM-ALE, QCM-LEA, QCMLE-A"
 
 
@@ -267,15 +271,19 @@ def parse_answer(text: str, choices: Sequence[str], answer_form: str = "letter")
 
     The first of these that names something:
 
-    1. The whole text, as a letter (B, (B), B.; also a small one) or an option's own text.
+    1. The whole text, as a letter (B, (B), B., B), B:; also a small one) or an option's own text.
     2. The last "answer is X" in it, X a letter or an option's own text, whichever is longer. A small letter counts in
-       brackets or before a stop only: "the answer is a magnet" is not A.
+       brackets or before a stop or bracket only: "the answer is a magnet" is not A.
     3. What stands before "BECAUSE:", as in 1.
-    4. The capital letter that it begins with, in brackets or with a stop ("B. Louisiana", "(B) for it is ..."), unless
-       what follows is another option's own text.
+    4. The capital letter that it begins with, in brackets or with a stop ("B. Louisiana", "(B) for it is ...").
 
-    Of an option's text, case and a stop at the end do not matter unless two options differ in nothing else. A letter
-    past the last choice names nothing, and if it is the X of 2, then the answer is None.
+    X is not the beginning of a longer word or number: "1" is not in 1.5, 12:30 or $1,500, nor "x" in x-ray. A letter
+    and an option's own text that contradict each other name nothing, and then the answer is None: in 2 and 4 a letter
+    with another option's text right behind it, up to a stop, "BECAUSE:" or the end ("A. Virginia"), in 2 also A and a
+    blank with an option's text behind it, whatever follows ("A magnet that ..."), and an option's text with another
+    letter in brackets behind it. A letter past the last choice names nothing, and if
+    it is the X of 2, then the answer is None, too. Of an option's text, case and a stop at the end do not matter unless
+    two options differ in nothing else.
 
     Args:
         answer_form: What a letter is that is also an option's own text: the "letter", or the option of that "text".
@@ -294,20 +302,32 @@ def parse_answer(text: str, choices: Sequence[str], answer_form: str = "letter")
 
 def _whole(text: str, choices: Sequence[str], answer_form: str) -> int | None:
     """The choice that is all of `text`."""
-    letter = re.fullmatch(r"\(([A-Za-z])\)\.?|([A-Za-z])\.?", text)
+    letter = re.fullmatch(r"\(([A-Za-z])\)\.?|([A-Za-z])[.):]?", text)
     lettered = LETTERS.index((letter[1] or letter[2]).upper()) if letter else len(choices)
     named = [index for index in (lettered, _option(text, choices)) if index is not None and index < len(choices)]
     return named[0 if answer_form == "letter" else -1] if named else None
 
 
 def _leading(text: str, choices: Sequence[str]) -> int | None:
-    """The choice whose letter, (B) or "B.", comes before other text, which must not be another choice's own."""
+    """The choice whose letter, (B) or "B.", comes before other text, which must not contradict it."""
     letter = re.match(r"(?:\(([A-Z])\)\.?|([A-Z])[.):]) ", text)
     if letter is None:
         return None
     index = LETTERS.index(letter[1] or letter[2])
-    contradicted = _option(text[letter.end() :], choices) not in (None, index)
-    return index if index < len(choices) and not contradicted else None
+    return index if index < len(choices) and not _contradicted(index, text[letter.end() - 1 :], choices) else None
+
+
+def _contradicted(index: int, behind: str, choices: Sequence[str], end: str = TEXT_END) -> bool:
+    """Whether right behind a choice's letter stands another one's own text, and not the choice's.
+
+    Args:
+        behind: The text from the letter's end.
+        end: Pattern of what follows the option's text.
+    """
+    behind = re.sub(r"^[.):,]* *(?:[-–] )?", "", behind)
+    options = [(own, re.escape(_loosely(choice))) for own, choice in enumerate(choices) if _loosely(choice)]
+    followed = [own for own, option in options if re.match(option + end, behind, re.IGNORECASE)]
+    return bool(followed) and index not in followed
 
 
 def _option(text: str, choices: Sequence[str]) -> int | None:
@@ -320,21 +340,34 @@ def _option(text: str, choices: Sequence[str]) -> int | None:
 
 
 def _beginning(text: str, choices: Sequence[str], answer_form: str) -> int | None:
-    """The choice that `text` begins with, which for a letter may be past the last one."""
-    letter = re.match(r"\(([A-Za-z])\)|([A-Z])(?![\w'])|([a-z])(?=[.,;:!?]|$)", text)
+    """The choice that `text` begins with.
+
+    Returns:
+        None where it begins with none, `len(choices)` or more where it names one that is not there or contradicts
+        itself.
+    """
+    letter = re.match(rf"\(([A-Za-z])\)|([A-Z]){WORD_END}|([a-z])(?=[.,;:!?)]|$){WORD_END}", text)
     lettered = LETTERS.index((letter[1] or letter[2] or letter[3]).upper()) if letter else None
+    by_letter = lettered
+    end = WORD_END if text.startswith("A ") else TEXT_END  # it may be no letter but an article
+    if letter and _contradicted(lettered, text[letter.end() :], choices, end):
+        by_letter = len(choices)
     lengths = {}
     for index, choice in enumerate(choices):
         option = _one_line(choice).rstrip(".")
-        if option and re.match(re.escape(option) + r"(?!\w)", text, re.IGNORECASE):
+        if option and re.match(re.escape(option) + WORD_END, text, re.IGNORECASE):
             lengths[index] = (len(option), text.startswith(option))  # of two that differ in case, the one as it stands
     if not lengths:
-        return lettered
+        return by_letter
     best = max(lengths.values())
     if letter and best[0] == len(letter[0]) and answer_form == "letter" and lettered < len(choices):
-        return lettered
+        return by_letter
     found = [index for index, length in lengths.items() if length == best]
-    return found[0] if len(found) == 1 else None
+    if len(found) != 1:
+        return None
+    behind = re.match(r"[.,]? ?\(([A-Z])\)", text[best[0] :])
+    other = found[0] if behind is None else LETTERS.index(behind[1])
+    return found[0] if other == found[0] or other >= len(choices) else len(choices)
 
 
 def _loosely(text: str) -> str:

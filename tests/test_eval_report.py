@@ -697,7 +697,8 @@ def test_published_rows_stand_beside_runs_over_their_test_set_only(world: Path, 
         ("poor", {"split": "val"}, "scored on split val, the other on test"),
         ("poor", {"held_out": 30}, "it holds out 30 rows, the other none"),
         ("poor", {"limit": 30}, "scored with --limit 30, the other with none"),
-        ("poor", {"version": 2}, "scored by version 2 of the task, the other by 1"),
+        ("poor", {"version": 1}, "scored by version 1 of the task, the other by 2"),
+        ("scores-b", {"version": 2}, "scored by version 2 of the task, the other by 1"),
         ("scores-b", {"tokenizer": "ptb"}, "cut into words by the tokenizer ptb, the other's by plain"),
         ("poor", {"on_unparsed": "random"}, "that name no choice count as random, the other's as wrong"),
         ("poor", {"data_hash": None}, "it does not say on which data it was scored (no data_hash)"),
@@ -712,6 +713,14 @@ def test_runs_over_different_test_sets_are_not_compared(world: Path, tmp_path, c
     assert message in error
     assert f"{other} cannot be compared with " in error
     assert report(capsys, other), "alone it has nothing to be compared with"
+
+
+def test_a_version_that_reads_texts_otherwise_is_the_same_without_texts(world: Path, tmp_path: Path, capsys) -> None:
+    one = changed(world / "good.json", tmp_path / "one.json", version=1, model={"score": "likelihood"})
+    two = changed(world / "poor.json", tmp_path / "two.json", model={"score": "letter"})
+    assert report(capsys, one, two)
+    changed(one, one, model={"score": "letter"})
+    assert "scored by version 2 of the task, the other by 1" in refused(capsys, one, two)
 
 
 def test_runs_that_both_lack_what_decides_are_not_compared(world: Path, tmp_path: Path, capsys) -> None:

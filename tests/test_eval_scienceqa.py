@@ -165,7 +165,7 @@ def test_the_record(data, tmp_path):
     assert tuple(scores)[:12] == (*CLASSES, "n", "unparsed", "total")
     assert [scores[name] for name in CLASSES] == [25, 0, None, 0, 50, 0, 0, 0, 0]
     assert (scores["unparsed"], scores["total"], scores["n"]["TXT"]) == (2, 4, 2)
-    wanted = {"task": "scienceqa", "version": 1, "split": "test", "adapter": None, "base": None, "seed": 0}
+    wanted = {"task": "scienceqa", "version": 2, "split": "test", "adapter": None, "base": None, "seed": 0}
     assert {key: scores[key] for key in wanted} == wanted
     assert scores["command"] == f"python -m eval.scienceqa --data {data} --predictions {path} --json {out}"
     assert scores["data_hash"] == {name: file_sha256(data / name) for name in ("problems.json", "pid_splits.json")}

@@ -354,6 +354,84 @@ def test_answers(text, index):
     assert parse_answer(text, PLANTS) == index
 
 
+@pytest.mark.parametrize(
+    ("choices", "text", "index"),
+    [
+        (("1", "2"), "The answer is 1.5", None),
+        (("1", "1.5"), "The answer is 1.5", 1),
+        (("1", "2"), "The answer is 1. It is odd.", 0),
+        (("1", "2"), "The answer is 1, as it is odd.", 0),
+        (("12", "3"), "The answer is 12:30", None),
+        (("12", "3"), "The answer is 12: it is noon", 0),
+        (("$1", "$2"), "The answer is $1,500", None),
+        (("1", "2"), "The answer is 1/2", None),
+        (("1", "2"), "The answer is 1–5", None),
+        (("x", "ray"), "The answer is x-ray", None),
+        (("no", "yes"), "The answer is no-one", None),
+        (("no", "yes"), "The answer is no - it is not", 0),
+        (("no", "yes"), "The answer is no.It is not", 0),
+        (("Anna", "Ida"), "The answer is Anna's", None),
+        (("Anna", "Ida"), "The answer is Anna’s sister", None),
+        (("and", "or"), "The answer is and/or", None),
+        (PLANTS, "The answer is A-1", None),
+        (PLANTS, "The answer is B'", 1),
+    ],
+)
+def test_the_beginning_of_a_longer_word_or_number_is_no_option(choices, text, index):
+    assert parse_answer(text, choices) == index
+
+
+@pytest.mark.parametrize("text", ["B)", "B:", "b)", "b:", " B) ", "B) BECAUSE: it is green", "So the answer is b)"])
+def test_a_letter_with_a_bracket_or_colon(text):
+    assert parse_answer(text, PLANTS) == 1
+
+
+STATES = ("West Virginia", "Virginia", "no")
+
+
+@pytest.mark.parametrize(
+    ("choices", "text", "index"),
+    [
+        (STATES, "A. Virginia", None),
+        (STATES, "A. Virginia.", None),
+        (STATES, "A. Virginia BECAUSE: it is farther north", None),
+        (STATES, "The answer is A. Virginia", None),
+        (STATES, "The answer is A. Virginia.", None),
+        (STATES, "The answer is A. virginia. BECAUSE: it is farther north", None),
+        (STATES, "The answer is A: Virginia", None),
+        (STATES, "The answer is (A) Virginia", None),
+        (STATES, "The answer is A, Virginia", None),
+        (STATES, "The answer is A - Virginia", None),
+        (STATES, "The answer is C. The answer is A. Virginia", None),
+        (STATES, "B. So the answer is A. Virginia", None),
+        (STATES, "The answer is A. Virginia. Now the answer is B", 1),
+        (STATES, "The answer is B. Virginia", 1),
+        (STATES, "The answer is A. West Virginia", 0),
+        (STATES, "The answer is A. Virginia is farther south", 0),
+        (STATES, "The answer is B. No other state is farther north", 1),
+        (STATES, "The answer is Virginia (A)", None),
+        (STATES, "The answer is Virginia (B)", 1),
+        (STATES, "The answer is Virginia (X)", 1),
+        (("iron", "magnet"), "The answer is A magnet", None),
+        (("iron", "magnet"), "The answer is A magnet.", None),
+        (("iron", "magnet"), "The answer is A magnet that pulls", None),
+        (("iron", "magnet"), "The answer is A because it is magnetic", 0),
+        (("iron", "magnet"), "The answer is A. Magnet that it is, it pulls", 0),
+        (("iron", "a magnet"), "The answer is A magnet", 1),
+        (("iron", "magnet"), "The answer is B magnet", 1),
+        (("-5", "5"), "A. -5", 0),
+        (("-5", "5"), "The answer is A. -5", 0),
+        (("-5", "5"), "The answer is A -5", 0),
+        ((".5", "5"), "(A) .5", 0),
+        ((".5", "5"), "The answer is B. .5", None),
+        (("?", "."), "The answer is A", 0),
+    ],
+)
+def test_a_letter_and_a_text_that_contradict_each_other(choices, text, index):
+    """By one rule, after "answer is" as at the beginning: neither counts."""
+    assert parse_answer(text, choices) == index
+
+
 def test_options_that_differ_in_case_alone():
     """There are hundreds of these in the data set, about capital letters."""
     choices = ("the Nile", "The nile", "THE NILE.")
