@@ -24,7 +24,7 @@ from eval.hipe import (
 from eval.kept import UNKNOWN, Made, scored_file
 from eval.ner_metrics import MATCHES, Counts, count_spans, scores
 from eval.ner_model import BATCH_SIZE, MAX_NEW_TOKENS, ask_model
-from eval.ner_texts import OTHER, PROMPTS, REPAIRED, UNPARSED, Parsed, likely_prompt, parse, read_texts
+from eval.ner_texts import LONG, OTHER, PROMPTS, REPAIRED, SHORT, UNPARSED, Parsed, likely_prompt, parse, read_texts
 from eval.records import (
     Start,
     add_out_option,
@@ -51,9 +51,10 @@ HIPE-2022's TSV. Predictions are such a TSV with the same tokens, or a model's t
 {"id": ..., "text": ...}: a JSON list of {"entity": ..., "text": ...}, or one IOB label a word. The id is the document's
 (a text about all of it), or DOCUMENT#N for its passage N, from 0, as --out keeps them: a passage has as many whole
 sentences as --passage-words allows, or printed lines where no sentence fits or the file marks none. A text that cannot
-be read is counted as unparsed and has no entities; one that can be mended in one way only is counted as repaired.
+be read is counted as unparsed, one with too few or too many labels as short or long, and these have no entities; one
+that can be mended in one way only is counted as repaired, such as one or two labels too few at the end, after an O.
 """
-TASK_VERSION = 1
+TASK_VERSION = 2  # of 1 the texts were read by other rules
 PASSAGE_WORDS = 60
 MODEL_ONLY = ("train", "out", "template", "shots", "batch_size", "max_new_tokens")
 
@@ -227,6 +228,8 @@ def text_counts(asked: Sequence[Passage], parsed: Mapping[str, Parsed]) -> dict[
     return {
         "texts": len(asked),
         "unparsed": statuses[UNPARSED],
+        "short": statuses[SHORT],
+        "long": statuses[LONG],
         "repaired": statuses[REPAIRED],
         "not_found": sum(len(parsed[passage.id].nowhere) for passage in asked),
         "cut": sum(
@@ -251,8 +254,10 @@ def described(document: Document, span: Span) -> dict[str, Any]:
 def print_table(title: str, summary: Mapping[str, Any]) -> None:
     print(f"{title}: {summary['documents']} documents, {summary['spans']} entities")
     if summary["texts"]:
+        labels = f"{summary['short']} with too few labels, {summary['long']} with too many, "
         print(
-            f"{summary['texts']} texts: {summary['unparsed']} unparsed, {summary['repaired']} repaired; "
+            f"{summary['texts']} texts: {summary['unparsed']} unparsed, "
+            f"{labels if summary['short'] or summary['long'] else ''}{summary['repaired']} repaired; "
             f"{summary['not_found']} predicted entities not found in their passage"
         )
     if OTHER in summary["strict"]:

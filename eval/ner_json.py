@@ -1,9 +1,10 @@
 """Read the JSON list of entities that a model wrote, mending what can be mended in one way only.
 
-Never evaluated, only read. Mended: code fences and other text around the list; commas too many; single quotes;
-line breaks and needless backslashes within strings; a list inside an object; objects without the brackets of a list; a
-list that ends too early, of which the entities that are whole are kept, if there is one. Not mended, because it could
-mean several things: two lists, an entity without its type or its text, a key twice in one object, and anything else.
+Never evaluated, only read. Mended: code fences and other text around the list; commas too many; single and typographic
+quotes, and keys without any; line breaks and needless backslashes within strings; a list inside an object; objects
+without the brackets of a list; a list that ends too early, of which the entities that are whole are kept, if there is
+one. Not mended, because it could mean several things: two lists, an entity without its type or its text, a key twice in
+one object, and anything else.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ FENCE = re.compile(r"^[ \t]*```[ \t]*\w*[ \t]*$", re.MULTILINE)
 DOUBLE_QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"', re.DOTALL)
 # An apostrophe within ends the string only where a string can end.
 SINGLE_QUOTED = re.compile(r"'((?:[^'\\]|\\.|'(?!\s*[,:}\]]))*)'", re.DOTALL)
+TYPOGRAPHIC = re.compile(
+    r"[“”„‟]((?:[^“”‟\\]|\\.|[“”‟](?!\s*[,:}\]]))*)[“”‟]|[‘’‚‛]((?:[^‘’‛\\]|\\.|[‘’‛](?!\s*[,:}\]]))*)[‘’‛]", re.DOTALL
+)
+BARE_KEY = re.compile(r"[A-Za-z_]\w*(?=\s*(?::|$))")
 ESCAPE = re.compile(r'\\(.)|"|[\x00-\x1f]', re.DOTALL)
 LITERAL = re.compile(r"[\w.+-]+")
 LIST_START = re.compile(r"\[\s*(?=[{\]])")
@@ -96,7 +101,8 @@ def _read_object(text: str, place: int) -> tuple[dict[str, Any], int]:
         place = _skip(text, place, commas=True)
         if _at(text, place) == "}":
             return _fields(pairs), place + 1
-        key, place = _read_value(text, place)
+        bare = BARE_KEY.match(text, place)
+        key, place = (bare[0], bare.end()) if bare else _read_value(text, place)
         place = _skip(text, place)
         if not isinstance(key, str) or _at(text, place) != ":":
             raise ValueError("a key needs a value")
@@ -108,13 +114,13 @@ def _read_object(text: str, place: int) -> tuple[dict[str, Any], int]:
 
 
 def _read_value(text: str, place: int) -> tuple[Any, int]:
-    """A string in either kind of quotes, a number, true, false or null."""
+    """A string in any kind of quotes, a number, true, false or null."""
     quote = _at(text, place)
-    if quote in "\"'":
-        match = (DOUBLE_QUOTED if quote == '"' else SINGLE_QUOTED).match(text, place)
+    if quote in "\"'“”„‟‘’‚‛":
+        match = {'"': DOUBLE_QUOTED, "'": SINGLE_QUOTED}.get(quote, TYPOGRAPHIC).match(text, place)
         if match is None:
             raise CutShortError("a string without an end")
-        return json.loads(f'"{ESCAPE.sub(_escaped, match[1])}"'), match.end()
+        return json.loads(f'"{ESCAPE.sub(_escaped, match[match.lastindex])}"'), match.end()
     match = LITERAL.match(text, place)
     if match is None:
         raise ValueError("neither a string nor a number")

@@ -5,7 +5,8 @@
 they are looked for in the passage in reading order: each takes the first mention, after the one before it, whose words
 no other entity has; where there is none, the first such mention from the beginning. Words are compared without blanks,
 and a mention begins and ends with a token. An entity whose words are not found is a false positive, and one of a type
-that was not asked for is wrong, too (its type counts as OTHER). Of a text that cannot be read, no entity is taken.
+that was not asked for is wrong, too (its type counts as OTHER). No entity is taken of a text that cannot be read or
+whose labels are not as many as the words.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ INSTRUCTIONS = {
 LONG_NAMES = {"LOC": "LOCATION", "ORG": "ORGANIZATION", "PER": "PERSON", "PROD": "PRODUCT"}
 PUBLISHED_ORDER = ("TIME", "LOC", "PER", "ORG", "PROD")
 OTHER = "OTHER"
-OK, REPAIRED, UNPARSED = "ok", "repaired", "unparsed"
+OK, REPAIRED, UNPARSED, SHORT, LONG = "ok", "repaired", "unparsed", "short", "long"
+SLACK = 2  # labels too few or too many that are mended
 # A word and its label may stand together, as in Paris/B-LOC.
 WORD_AND_LABEL = re.compile(r"\s+|(?<=\S)[/:|](?=(?:O|[BI]-[\w.]+)(?:\s|$))")
 
@@ -51,7 +53,7 @@ class Parsed:
     Attributes:
         spans: Entities, counted from the passage's first token.
         nowhere: Types of those whose words are not in the passage.
-        status: OK, REPAIRED or UNPARSED.
+        status: OK, REPAIRED, UNPARSED, or SHORT or LONG for labels that are too few or too many.
     """
 
     spans: tuple[Span, ...]
@@ -143,33 +145,43 @@ def find_mentions(texts: Sequence[str], tokens: Sequence[str]) -> list[tuple[int
 
 
 def parse_iob(text: str, tokens: Sequence[str], types: Collection[str]) -> Parsed:
-    """Of labels. Labels that lack at the end are O, those that are too many are left out, both a repair.
+    """Of labels. Commas, quotes and brackets between them, words beside them and other text around one run are mended.
 
-    So are commas, quotes and brackets between labels, words repeated beside their labels, and other text around one
-    run of labels.
+    A wrong number of labels is mended only where they do not move: up to `SLACK` too few after an O, which are O (any
+    number where the passage's words stand beside the labels), and up to `SLACK` too many that are O, which are left
+    out. Else nobody knows which label is of which word, and no entity is taken.
     """
-    labels, mended = _find_labels(text, tokens)
+    labels, mended, beside_words = _find_labels(text, tokens)
     if not labels:
         return Parsed((), (), UNPARSED)
-    fitted = (labels + ["O"] * len(tokens))[: len(tokens)]
+    lacking, surplus = len(tokens) - len(labels), labels[len(tokens) :]
+    if lacking > 0 and (labels[-1] != "O" or (lacking > SLACK and not beside_words)):
+        return Parsed((), (), SHORT)
+    if len(surplus) > SLACK or any(label != "O" for label in surplus):
+        return Parsed((), (), LONG)
+    fitted = (labels + ["O"] * max(0, lacking))[: len(tokens)]
     fitted = [label if label == "O" else f"{label[:2]}{_known(label[2:], types)}" for label in fitted]
-    return Parsed(tuple(spans_of(fitted)), (), REPAIRED if mended or len(labels) != len(tokens) else OK)
+    return Parsed(tuple(spans_of(fitted)), (), REPAIRED if mended or lacking else OK)
 
 
-def _find_labels(text: str, tokens: Sequence[str]) -> tuple[list[str], bool]:
-    """The labels of a text, none where it cannot be read, and whether there is more than labels and blanks."""
+def _find_labels(text: str, tokens: Sequence[str]) -> tuple[list[str], bool, bool]:
+    """The labels of a text, none where it cannot be read.
+
+    Returns:
+        Also whether there is more than labels and blanks, and whether that is the passage's words.
+    """
     labels = [plain_label(piece) for piece in text.split()]
     if None not in labels:
-        return labels, False
+        return labels, False, False
     pieces = WORD_AND_LABEL.split(text.strip())
     labels = [plain_label(piece) for piece in pieces[1::2]]
     if pieces[0::2] == list(tokens[: len(labels)]) and None not in labels:
-        return labels, True
+        return labels, True, True
     pieces = [piece.rstrip(".:") for piece in re.split(r"[\s,;'\"`\[\]()]+", text)]
     labels = [plain_label(piece) for piece in pieces if piece]
     runs = [list(run) for is_label, run in groupby(labels, lambda label: label is not None) if is_label]
     runs = [run for run in runs if len(run) > 1 or len(tokens) == 1]  # a lone O may be a word
-    return (runs[0] if len(runs) == 1 else []), True
+    return (runs[0] if len(runs) == 1 else []), True, False
 
 
 def read_texts(

@@ -112,10 +112,11 @@ def require_known_rules(run: Run) -> None:
 def _compared(run: Run, key: str) -> object:
     """A field as two runs are compared by it."""
     value = run.record.get(key, DEFAULTS.get(key))
-    # Version 2 of this task reads texts otherwise; of a run without texts it is the same as version 1.
-    if key == "version" and value == 1 and run.task == "scienceqa" and run.settings.get("score") == "likelihood":
-        return 2
-    return value
+    if key != "version" or value != 1:
+        return value
+    # Version 2 of these tasks reads texts otherwise; of a run without texts it is the same as version 1.
+    unread = {"scienceqa": run.settings.get("score") == "likelihood", "ner": run.record.get("texts") == 0}
+    return 2 if unread.get(run.task) else value
 
 
 def pictures_unknown(first: Run, other: Run) -> bool:

@@ -269,7 +269,8 @@ def how(run: Run) -> str:
         parts = [f"template {form}"] if (form := settings.get("template", record.get("template"))) else []
     shots = shot_count(record)
     parts += [f"{shots} shot{'s' if shots > 1 else ''}"] if shots else []
-    parts += [f"{record['unparsed']} unparsed"] if record.get("unparsed") else []
+    for name, said in (("unparsed", "unparsed"), ("short", "with too few labels"), ("long", "with too many labels")):
+        parts += [f"{record[name]} {said}"] if record.get(name) else []
     parts += ["unparsed drawn at random"] if record.get("on_unparsed") == "random" else []
     return ", ".join(parts)
 

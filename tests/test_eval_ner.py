@@ -301,6 +301,14 @@ def test_valid_lists(text, entities):
         (r"""[{"entity": "ORG", "text": "l\'ATS\u00e9\\"}]""", [Entity("ORG", "l'ATSé\\")]),
         ('[{"entity": "LOC", "text": "La\nChaux"}]', [Entity("LOC", "La Chaux")]),
         ("[{'Entity': 'LOCATION', 'Text': 'Paris', 'score': 0.5}]", [PARIS]),
+        ('[{entity: "LOCATION", text: "Paris"}]', [PARIS]),
+        ('[{ entity : "LOCATION", "text": "Paris", score: 0.5 }]', [PARIS]),
+        (f"[{JSON_PARIS}, {{entity", [PARIS]),
+        ("[{“entity”: “LOCATION”, “text”: “Paris”}]", [PARIS]),
+        ("[{“entity“: „LOCATION“, ‘text’: ‘Paris’}]", [PARIS]),
+        ('[{"entity": "ORG", "text": “l’ATS "x"”}]', [Entity("ORG", 'l’ATS "x"')]),
+        ("[{‘entity’: ‘ORG’, ‘text’: ‘l’ATS’}]", [Entity("ORG", "l’ATS")]),
+        (f"[{JSON_PARIS}, {{“entity”: “LOC", [PARIS]),
     ],
 )
 def test_lists_that_can_be_mended(text, entities):
@@ -331,6 +339,9 @@ def test_lists_that_can_be_mended(text, entities):
         '[{"entity": "LOC", "text": "A", "entity": "PER"}]',
         '[{"entity": "PROD", "text": "le "Temps""}]',
         '[{"entity": "LOC" "text": "A"}]',
+        '[{entity "LOC", text "A"}]',
+        "[{entity: LOC, text: A}]",
+        "[{“entity”: “LOC, text: “A”}]",
         '[{"entity": "LOC", "text": "\\u12"}]',
         "[{'entity': __import__('os').system('true'), 'text': 'a'}]",
         "[" * 100_000,
@@ -383,14 +394,21 @@ def test_entities_of_a_list():
     [
         ("O B-LOC I-LOC O", "ok"),
         (" O\nb-location\nI-LOCATION\no\n", "ok"),
-        ("O B-LOC I-LOC", "repaired"),
-        ("O B-LOC I-LOC O O B-LOC", "repaired"),
+        ("O B-LOC I-LOC O O", "repaired"),
+        ("O B-LOC I-LOC O O O", "repaired"),
+        ("O B-LOC I-LOC", "short"),  # the entity may go on
+        ("O B-LOC", "short"),
+        ("a O La B-LOC", "short"),
+        ("O B-LOC I-LOC O O B-LOC", "long"),  # perhaps a label was given twice before, and all behind it moved
+        ("O B-LOC I-LOC O O O O", "long"),
         ("O, B-LOC, I-LOC, O", "repaired"),
         ('["O", "B-LOC", "I-LOC", "O"]', "repaired"),
         ("```\nO B-LOC I-LOC O\n```", "repaired"),
-        ("The labels are: O B-LOC I-LOC O.\nB-LOC begins.", "repaired"),
+        ("The labels are: O B-LOC I-LOC O.\nThat is all.", "repaired"),
+        ("The labels are: O B-LOC I-LOC O.\nB-LOC begins.", "long"),
         ("a O\nLa B-LOC\nChaux I-LOC\n: O", "repaired"),
-        ("a/O La/B-LOC Chaux/I-LOC", "repaired"),
+        ("a/O La/B-LOC Chaux/I-LOC :/O", "repaired"),
+        ("a/O La/B-LOC Chaux/I-LOC", "short"),
         ("a: O La: B-LOC", "unparsed"),  # the words of the passage have no colons
         ("a O Chaux B-LOC", "unparsed"),
         ("O B-LOC or O B-LOC I-LOC O", "unparsed"),
@@ -402,7 +420,34 @@ def test_entities_of_a_list():
 def test_labels(text, status):
     parsed = parse_iob(text, ("a", "La", "Chaux", ":"), TYPES)
     assert parsed.status == status
-    assert parsed.spans == (() if status == "unparsed" else (Span("LOC", 1, 3),))
+    assert parsed.spans == (() if status in ("unparsed", "short", "long") else (Span("LOC", 1, 3),))
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        ("B-PER I-PER O O", "repaired"),
+        ("B-PER I-PER O", "short"),  # three lack: which ones?
+        ("a B-PER b I-PER c O", "repaired"),  # but here the words say it
+        ("a B-PER b I-PER", "short"),
+        ("B-PER I-PER O O O O O O", "repaired"),
+        ("B-PER I-PER O O O O O B-LOC", "long"),
+    ],
+)
+def test_labels_are_mended_where_they_do_not_move(text, status):
+    parsed = parse_iob(text, tuple("abcdef"), TYPES)
+    assert (parsed.status, parsed.spans) == (status, (Span("PER", 0, 2),) if status == "repaired" else ())
+
+
+def test_texts_with_other_numbers_of_labels_are_counted(gold, tmp_path, capsys):
+    texts = texts_of(gold, "iob", None)
+    texts = [{**texts[0], "text": texts[0]["text"] + " O O O"}, {**texts[1], "text": "O B-LOC"}]
+    predictions = written(tmp_path / "texts.jsonl", texts)
+    record = record_of(tmp_path, gold, "--predictions", str(predictions))
+    names = ("prompt", "version", "texts", "unparsed", "short", "long", "repaired")
+    assert [record[name] for name in names] == ["iob", 2, 2, 0, 1, 1, 0]
+    assert [own["texts"][0]["status"] for own in record["predictions"]] == ["long", "short"]
+    assert "2 texts: 0 unparsed, 1 with too few labels, 1 with too many, 0 repaired; 0 " in capsys.readouterr().out
 
 
 def test_labels_of_other_types_and_of_one_word():

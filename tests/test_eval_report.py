@@ -721,6 +721,10 @@ def test_a_version_that_reads_texts_otherwise_is_the_same_without_texts(world: P
     assert report(capsys, one, two)
     changed(one, one, model={"score": "letter"})
     assert "scored by version 2 of the task, the other by 1" in refused(capsys, one, two)
+    labels = changed(world / "ner-one.json", tmp_path / "labels.json", version=1)
+    assert report(capsys, labels, world / "ner-two.json")
+    changed(labels, labels, texts=6)
+    assert "scored by version 2 of the task, the other by 1" in refused(capsys, labels, world / "ner-two.json")
 
 
 def test_runs_that_both_lack_what_decides_are_not_compared(world: Path, tmp_path: Path, capsys) -> None:
