@@ -123,7 +123,13 @@ def run(args: argparse.Namespace, command: str) -> int:
             "answer": commonest,
             **means([score(gold.as_said(commonest), question, similarity) for question in questions]),
         }
+    yes_no = {
+        "references": yes_no_share([gold.as_said(question.answers[0]) for question in questions]),
+        "answers": yes_no_share([gold.as_said(answers[question.id]) for question in questions]),
+    }
     print_table(f"{args.gold.name}{f', {split}' if split else ''}", total, by_type, constant)
+    if any(yes_no.values()):
+        print(f"yes or no: {yes_no['references']:.2f}% of the references, {yes_no['answers']:.2f}% of the answers")
     if args.json is not None:
         record = result_record(
             args,
@@ -131,7 +137,7 @@ def run(args: argparse.Namespace, command: str) -> int:
             started,
             task="qa",
             version=TASK_VERSION,
-            scores={**total, "by_type": by_type, "constant": constant},
+            scores={**total, "by_type": by_type, "constant": constant, "yes_no": yes_no},
             settings={"split": split, "train_hash": None if args.train is None else file_sha256(args.train)},
             model=asked.model,
             made=asked.made,
@@ -181,6 +187,11 @@ def score(answer: str, question: Question, similarity: Similarity | None) -> dic
         if similarity is not None:
             scores[name] = 100 * qa_metrics.wups(answer, references, similarity, threshold)
     return scores
+
+
+def yes_no_share(answers: Sequence[str]) -> float:
+    """How many of the answers are yes or no, in percent: such questions are right half of the time by chance."""
+    return 100 * sum(qa_metrics.normalise(answer) in ("yes", "no") for answer in answers) / len(answers)
 
 
 def means(each: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:

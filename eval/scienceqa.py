@@ -149,6 +149,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     scores |= {name: score for name, score in accuracies(problems, final).items() if name in CLASSES}
     read_pictures = args.adapter not in (None, "none") and any(problem.image is not None for problem in problems)
     part = f"{args.split}, held out with seed {args.seed}" if args.held_out is not None else args.split
+    scores["IMG_by_hint"] = images_by_hint(problems, final)
     print_table(f"ScienceQA {part}", scores)
     show_unparsed(problems, answers, args.on_unparsed)
     if args.json is not None:
@@ -207,6 +208,15 @@ def draw_choice(problem: Problem, seed: int) -> int:
     return random.Random(f"{seed} {problem.pid}").randrange(len(problem.choices))
 
 
+def images_by_hint(problems: Sequence[Problem], final: Mapping[str, int | None]) -> dict[str, dict[str, Any]]:
+    """IMG of the questions with a hint and of those without, whose shares differ between the splits."""
+    found = {}
+    for name, wanted in (("with", True), ("without", False)):
+        own = [problem for problem in problems if problem.image is not None and bool(problem.hint) == wanted]
+        found[name] = {"IMG": accuracies(own, final)["avg"], "n": len(own)}
+    return found
+
+
 def print_table(title: str, scores: Mapping[str, Any]) -> None:
     print(f"{title}: {scores['total']} questions, {scores['unparsed']} unparsed")
     for label, row in (
@@ -215,6 +225,11 @@ def print_table(title: str, scores: Mapping[str, Any]) -> None:
         ("n", [str(scores["n"][name]) for name in CLASSES]),
     ):
         print(f"{label:3}" + "".join(f"{cell:>8}" for cell in row))
+    parts = [
+        f"{name} a hint {own['IMG']:.2f} (n {own['n']})" for name, own in scores["IMG_by_hint"].items() if own["n"]
+    ]
+    if parts:
+        print(f"IMG {', '.join(parts)}")
 
 
 def read_predictions(path: Path, split: Sequence[Problem]) -> dict[str, dict[str, Any]]:

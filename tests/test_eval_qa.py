@@ -595,6 +595,22 @@ def test_scores_of_questions_about_pictures(tmp_path, capsys, wordnet):
     assert record["exact_match"] == record["constant"]["exact_match"] == record["constant"]["wups_0.9"] == 50
 
 
+def test_the_share_of_yes_and_no_is_said(tmp_path, no_nltk, capsys):
+    """Of such questions half are right by chance, which the scores alone do not tell."""
+    out = tmp_path / "out.json"
+    rows = [{"question": f"{n}?", "answer": answer} for n, answer in enumerate(["yes", "No.", "a dog", "two"])]
+    gold = written(tmp_path / "gold.json", rows)
+    answers = written(tmp_path / "answers.json", ["yes", "yes", "Yes", "none"])
+    arguments = ["--gold", str(gold), "--predictions", str(answers), "--json", str(out)]
+    assert command.main(arguments) == 0
+    assert json.loads(out.read_text())["yes_no"] == {"references": 50, "answers": 75}
+    assert "yes or no: 50.00% of the references, 75.00% of the answers\n" in capsys.readouterr().out
+    gold.write_text(json.dumps(rows[2:]))
+    answers.write_text('["dog", "two"]')
+    assert command.main(arguments) == 0
+    assert "yes or no" not in capsys.readouterr().out
+
+
 def test_underscores_are_blanks_in_predictions_too(tmp_path, no_nltk, capsys):
     gold = written(tmp_path / "rows.json", ROWS)
     record = record_of(tmp_path, gold, "--predictions", str(written(tmp_path / "predictions", PERFECT)))

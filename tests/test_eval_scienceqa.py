@@ -146,6 +146,7 @@ def test_each_format_of_predictions(data, tmp_path, content, capsys):
         "        avg     NAT     SOC     LAN     TXT     IMG      NO    G1-6   G7-12",
         "%    100.00  100.00       -  100.00  100.00  100.00  100.00  100.00  100.00",
         "n         4       1       0       1       2       2       1       1       1",
+        "IMG with a hint 100.00 (n 1), without a hint 100.00 (n 1)",
     ]
     assert ("1 answers to questions that are not scored here are passed over" in printed.err) == ("99" in str(content))
 
@@ -154,6 +155,21 @@ def test_one_line_is_json_lines_too(data, tmp_path, capsys):
     path = predictions_file(tmp_path, '{"pid": "4", "answer": "(B)"}')
     assert command.main(["--data", str(data), "--predictions", str(path), "--limit", "1"]) == 0
     assert capsys.readouterr().out.startswith("ScienceQA test: 1 questions, 0 unparsed\n")
+
+
+def test_images_with_and_without_a_hint(data, tmp_path, capsys):
+    """Their shares differ between the splits, so that one accuracy of both hides which of them a model can do."""
+    out = tmp_path / "scores.json"
+    path = predictions_file(tmp_path, {"results": {**RIGHT, "3": 0}})
+    arguments = ["--data", str(data), "--predictions", str(path), "--json", str(out)]
+    assert command.main(arguments) == 0
+    scores = json.loads(out.read_text())
+    assert scores["IMG"] == 50
+    assert scores["IMG_by_hint"] == {"with": {"IMG": 100, "n": 1}, "without": {"IMG": 0, "n": 1}}
+    assert capsys.readouterr().out.endswith("\nIMG with a hint 100.00 (n 1), without a hint 0.00 (n 1)\n")
+    assert command.main([*arguments, "--limit", "1"]) == 0
+    assert json.loads(out.read_text())["IMG_by_hint"]["with"] == {"IMG": None, "n": 0}
+    assert "a hint" not in capsys.readouterr().out
 
 
 def test_the_record(data, tmp_path):
