@@ -630,21 +630,33 @@ def test_everything_has_a_name(desk: Any, tab: str) -> None:
     assert desk.evaluate("document.documentElement.lang") == "en"
 
 
-def test_the_tab_key_goes_down_the_page(browser: Any, site: Site) -> None:
-    page = visit(browser, site, DESK)
-    page.wait_for_selector("#caption-go")
+ORDER = {
+    "caption": "caption-picture Astronaut caption-go Good Comment caption-adapter caption-strength Settings",
+    "ask": "ask-picture Astronaut ask-question What ask-options ask-go Good Comment answer-adapter Look",
+    "chat": "chat-0 chat-text chat-send Good Comment chat-picture System chat-new chat-adapter chat-against Look",
+}
+
+
+@pytest.mark.parametrize("tab", ORDER)
+def test_the_tab_key_goes_down_the_page(browser: Any, site: Site, tab: str) -> None:
+    page = visit(browser, site, DESK, f"/?tab={tab}")
+    page.wait_for_selector(f"#tab-{tab}-button[aria-selected=true]")
+    page.wait_for_selector(f"#{tab}-{'send' if tab == 'chat' else 'go'}")
+    page.evaluate("document.activeElement.blur()")
     met = []
-    for _ in range(40):
+    for _ in range(45):
         page.keyboard.press("Tab")
         met.append(
             page.evaluate(
-                """() => { const one = document.activeElement, block = one.closest("[id^=caption-]");
-                return block ? block.id : one.getAttribute("aria-label") || one.innerText; }"""
+                """() => {
+                    const one = document.activeElement;
+                    const block = one.closest("[id^=caption-], [id^=ask-], [id^=answer-], [id^=chat-]");
+                    const name = one.ariaLabel || one.labels?.[0]?.innerText || one.innerText;
+                    return block ? block.id : name.split(/\\s/)[0];
+                }"""
             )
         )
-    order = ["Light or dark", "Caption", "caption-picture", "Astronaut", "caption-go", "caption-adapter"]
-    order += ["caption-strength", "caption-against"]
-    places = [met.index(name) for name in order]
+    places = [met.index(name) for name in ("Light", tab.capitalize(), *ORDER[tab].split())]
     assert places == sorted(places), met
     page.context.close()
 
@@ -697,6 +709,59 @@ def test_the_theme_button_is_remembered(browser: Any, site: Site) -> None:
     )
     assert contrast(*primary) >= 4.5
     page.context.close()
+
+
+# Visible texts, placeholders and icons that can be used: what it is, its colour, what is behind, the least contrast.
+COLOURS = """() => {
+    const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+    const behind = (one) => one ? [...behind(one.parentElement), getComputedStyle(one).backgroundColor] : ["white"];
+    const over = (colours) => {  // as they are painted, one over the other
+        canvas.clearRect(0, 0, 1, 1);
+        colours.forEach((colour) => { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); });
+        return `rgb(${[...canvas.getImageData(0, 0, 1, 1).data.slice(0, 3)].join(",")})`;
+    };
+    const met = [];
+    const note = (what, one, colour, least) => {
+        const under = behind(one);
+        met.push([what.slice(0, 60), over([...under, colour]), over(under), least]);
+    };
+    for (const one of document.querySelectorAll("body *")) {
+        if (!one.checkVisibility({ visibilityProperty: true }) || one.closest(":disabled, #aloud")) continue;
+        const style = getComputedStyle(one), hint = getComputedStyle(one, "::placeholder");
+        if (one.placeholder) note("placeholder " + one.placeholder, one, hint.color, 4.5);
+        if (one.matches("input, textarea") && one.value) note("value " + one.value, one, style.color, 4.5);
+        if (one.tagName === "svg" && one.closest("button")) {
+            const { stroke, fill } = getComputedStyle(one.querySelector("path, polyline, line, rect, circle") || one);
+            const button = one.closest("button");
+            note("icon of " + (button.ariaLabel || button.innerText), one, stroke === "none" ? fill : stroke, 3);
+        }
+        const own = [...one.childNodes].filter((node) => node.nodeType === 3 && node.textContent.trim());
+        if (own.length && !one.closest("svg, script, style, [aria-hidden=true]")) {
+            const large = parseFloat(style.fontSize) >= (style.fontWeight >= 700 ? 18.66 : 24);
+            note(own[0].textContent.trim(), one, style.color, large ? 3 : 4.5);
+        }
+    }
+    return met;
+}"""
+
+
+@pytest.mark.parametrize("tab", ["Caption", "Ask", "Chat"])
+def test_everything_can_be_read_in_both_themes(desk: Any, tab: str) -> None:
+    """Contrasts of WCAG 2 AA, with what the tests above left on the page."""
+    desk.get_by_role("tab", name=tab).click()
+    desk.wait_for_selector(f"#tab-{tab.lower()}-button[aria-selected=true]")
+    closed = desk.locator(f"#tab-{tab.lower()} button.label-wrap:not(.open)")
+    closed.evaluate_all("(buttons) => buttons.forEach((button) => button.click())")
+    eventually(lambda: closed.count() == 0)
+    for theme in ("dark", "light") if desk.evaluate("document.body.matches('.dark')") else ("light", "dark"):
+        desk.evaluate("(dark) => document.body.classList.toggle('dark', dark)", theme == "dark")
+        time.sleep(0.5)  # colours fade over
+        met = desk.evaluate(COLOURS)
+        kinds = {what.split()[0] for what, *_ in met}
+        assert {"placeholder", "icon", "value", tab} <= kinds
+        weak = [(what, *pair, contrast(*pair)) for what, *pair, least in met if contrast(*pair) < least]
+        assert not weak, (theme, weak)
+    desk.evaluate("document.body.classList.remove('dark')")
 
 
 def contrast(first: str, second: str) -> float:
