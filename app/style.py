@@ -46,6 +46,7 @@ def theme() -> gr.themes.Base:
         body_text_color_subdued="*neutral_600",
         body_text_color_subdued_dark="*neutral_400",
         color_accent="*primary_600",
+        link_text_color="*secondary_700",
         slider_color="*primary_600",
         slider_color_dark="*primary_500",
         block_shadow="none",

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -677,6 +678,165 @@ def test_a_phone_captions_a_picture_stops_and_turns_the_strength(browser: Any, s
     base = expected(site, site.tiny.sees, 0.0)
     eventually(lambda: words(page, "#caption-result") == base)
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    page.context.close()
+
+
+@pytest.mark.parametrize("view", [DESK, PHONE], ids=["desk", "phone"])
+def test_a_visit_to_all_tabs(browser: Any, site: Site, tmp_path: Path, view: dict[str, int]) -> None:
+    """A caption as it is written, another adapter, none, two side by side; many files; a question; a chat."""
+    page = visit(browser, site, view)
+    page.wait_for_selector("#caption-go")
+    site.pause[0] = 0.05
+    page.locator("#caption-picture input[type=file]").set_input_files(site.tiny.picture(0))
+    page.wait_for_function("document.querySelector('#caption-result .words')?.textContent.length > 3")
+    early = letters(page.locator("#caption-result .words").text_content())
+    sees, tuned = expected(site, site.tiny.sees), expected(site, site.tiny.tuned)
+    assert words(page, "#caption-result") == sees
+    assert sees.startswith(early)
+    assert len(early) < len(sees)
+
+    site.pause[0] = 0.0
+    choose(page, "#caption-adapter", "(tuned)")
+    page.click("#caption-go")
+    eventually(lambda: words(page, "#caption-result") == tuned)
+    choose(page, "#caption-against", "(sees)")
+    page.click("#caption-go")
+    eventually(lambda: words(page, "#caption-result") == tuned + sees)
+    choose(page, "#caption-against", "Nothing")
+    set_number(page, "#caption-strength", 0)
+    page.click("#caption-go")
+    base = expected(site, site.tiny.tuned, 0.0)
+    eventually(lambda: words(page, "#caption-result") == base)
+
+    page.get_by_role("button", name="Many pictures at once").click()
+    page.locator("#caption-files input[type=file]").set_input_files([site.tiny.picture(0), site.tiny.picture(1)])
+    page.wait_for_function("document.querySelectorAll('#caption-files .file').length == 2")
+    page.click("#caption-all")
+    with page.expect_download() as download:
+        page.click("a[download='captions.csv']")
+    download.value.save_as(tmp_path / "captions.csv")
+    with open(tmp_path / "captions.csv", encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == ["0.png", "1.png"]
+    assert letters(rows[0]["caption"]) == base
+
+    page.get_by_role("tab", name="Ask").click()
+    page.locator("#ask-picture input[type=file]").set_input_files(site.tiny.picture(1))
+    page.wait_for_selector("#ask-picture img")
+    page.locator("#ask-question textarea").fill("What is it?")
+    page.click("#ask-go")
+    page.locator("#ask-result", has_text="What is it?").wait_for()
+    assert words(page, "#ask-result")
+
+    page.get_by_role("tab", name="Chat").click()
+    page.locator("#chat-text textarea").fill("Hello.")
+    page.click("#chat-send")
+    page.wait_for_selector("#chat-status [aria-busy=false]")
+    assert letters(page.locator("#chat-0 .bot").first.inner_text())
+    assert page.evaluate("document.documentElement.scrollWidth") <= view["width"]
+    page.context.close()
+
+
+def test_the_arrow_keys_move_a_slider(browser: Any, site: Site) -> None:
+    page = visit(browser, site, DESK)
+    page.wait_for_selector("#caption-go")
+    page.locator("#caption-picture input[type=file]").set_input_files(site.tiny.picture(0))
+    words(page, "#caption-result")
+    page.locator("#caption-strength input[type=range]").focus()
+    for _ in range(20):  # by 0.05 each
+        page.keyboard.press("ArrowLeft")
+    eventually(lambda: page.locator("#caption-strength input[type=number]").input_value() == "0")
+    page.locator("#caption-go").press("Enter")
+    base = expected(site, site.tiny.sees, 0.0)
+    eventually(lambda: words(page, "#caption-result") == base)
+    page.context.close()
+
+
+def test_stop_of_a_batch_keeps_what_is_done(browser: Any, site: Site, tmp_path: Path) -> None:
+    files = [shutil.copy(site.tiny.picture(0), tmp_path / f"{number}.png") for number in range(20)]
+    page = visit(browser, site, DESK)
+    page.wait_for_selector("#caption-go")
+    page.get_by_role("button", name="Many pictures at once").click()
+    page.locator("#caption-files input[type=file]").set_input_files(files)
+    page.wait_for_function("document.querySelectorAll('#caption-files .file').length == 20")
+    site.pause[0] = 0.1
+    page.click("#caption-all")
+    page.locator(".files .head", has_text=re.compile("^[1-9][0-9]* of 20")).wait_for()
+    page.locator("#caption-many .stop-now").click()
+    page.locator(".files .head", has_text="Stopped.").wait_for()
+    with page.expect_download() as download:
+        page.click("a[download='captions.jsonl']")
+    download.value.save_as(tmp_path / "captions.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert 0 < len(rows) < 20
+    assert {letters(row["caption"]) for row in rows} == {expected(site, site.tiny.sees)}
+    assert page.locator(".files .head").inner_text().startswith(f"{len(rows)} of 20 done")
+    page.context.close()
+
+
+def test_stop_ends_a_question_with_choices(browser: Any, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that waits while the model is busy with another's; that one goes on, and can be looked into."""
+    from app import worker
+
+    score, begun, go_on = worker.log_likelihoods, threading.Event(), threading.Event()
+
+    def held(*arguments: Any) -> Any:
+        begun.set()
+        assert go_on.wait(PATIENCE / 1000)
+        return score(*arguments)
+
+    monkeypatch.setattr(worker, "log_likelihoods", held)
+    first, second = (visit(browser, site, DESK, "/?tab=ask") for _ in range(2))
+    for page in (first, second):
+        page.wait_for_selector("#ask-go")
+        page.locator("#ask-picture input[type=file]").set_input_files(site.tiny.picture(1))
+        page.wait_for_selector("#ask-picture img")
+        page.locator("#ask-options button").first.click()
+        page.locator("#ask-choices textarea").fill("a dog\na cat")
+        page.locator("#ask-question textarea").fill("Which?")
+        page.click("#ask-go")
+        page.wait_for_selector("#ask-result [aria-busy=true]")
+        assert begun.wait(PATIENCE / 1000)
+    stop = second.locator("button.stop-now:visible")
+    eventually(stop.is_enabled)
+    stop.click()
+    go_on.set()
+    second.locator("#ask-result footer", has_text="stopped").wait_for()
+    eventually(stop.is_disabled)
+    assert "%" not in second.locator("#ask-result").inner_text()
+    first.wait_for_selector("#ask-result .best")
+    first.locator("button:visible", has_text="Look inside").click()
+    first.wait_for_selector("#tab-ask svg[role=img]")
+    for page in (first, second):
+        page.context.close()
+
+
+def test_a_chat_by_one_click_is_judged_and_looked_into(browser: Any, site: Site) -> None:
+    """And then one about a picture."""
+    page = visit(browser, site, DESK, "/?tab=chat")
+    page.locator("#chat-0 button", has_text="Why is the sky blue?").click()
+    page.wait_for_selector("#chat-status [aria-busy=false]")
+    (job,) = site.runs[-1]
+    assert job.messages == ({"role": "user", "content": "Why is the sky blue?"},)
+    page.locator("#chat-0").get_by_label("Like", exact=True).click()
+    page.locator("#chat-status", has_text="Thank you").wait_for()
+    page.get_by_role("button", name="Bad answer").locator("visible=true").click()
+    page.locator(".said:visible", has_text="Thank you").first.wait_for()
+    judged = [json.loads(line) for line in site.feedback.read_text().splitlines()[-2:]]
+    assert [(one["task"], one["verdict"]) for one in judged] == [("chat", "up"), ("chat", "down")]
+    page.locator("button:visible", has_text="Look inside").click()
+    page.wait_for_selector("#tab-chat svg[role=img]")
+
+    page.locator("#chat-picture input[type=file]").set_input_files(site.tiny.picture(2))
+    page.wait_for_selector("#chat-picture img")
+    page.click("#chat-new")
+    page.locator("#chat-text textarea").fill("What is it?")
+    page.keyboard.press("Enter")
+    page.locator("#chat-status", has_text="sees: ").wait_for()
+    page.wait_for_selector("#chat-status [aria-busy=false]")
+    (job,) = site.runs[-1]
+    assert (job.adapter, job.image is None) == ("sees", False)
+    assert letters(page.locator("#chat-0 .bot").first.inner_text())
     page.context.close()
 
 
