@@ -18,7 +18,7 @@ from app.tasks import Current, Tasks, examples
 LIMITS = {
     "qa": (
         "The adapter qa has seen rooms, people and dogs: it names things, colours and counts in a few words. "
-        "What it says of anything else, of text, names and reasons, is a guess."
+        "What it says of anything else, of text, names and reasons, is a guess; it sees people where there are none."
     )
 }
 HINT = empty("Answers appear here", "Choose a picture and ask; it stays for the next question.")
