@@ -20,7 +20,7 @@ DESCRIPTION = """\
 python -m app.screenshots --out assets/screenshots
 
 Starts the app with the default model, uses it in a headless Chromium, and writes caption.png, compare.png, inside.png,
-ask.png, chat.png and phone.png. Needs playwright and a chromium.
+batch.png, ask.png, chat.png, chat-compare.png and phone.png. Needs playwright and a chromium.
 """
 IMAGES = Path(__file__).resolve().parents[1] / "assets" / "images"
 DESK, PHONE = (1180, 800), (390, 844)
@@ -95,8 +95,7 @@ def take(url: str, out: Path, chromium: str) -> None:
         page.get_by_role("button", name="Admiral").click()
         page.wait_for_selector("#caption-result [aria-busy=false]")
         shoot(page, out / "caption.png")
-        page.locator("#caption-against input").click()
-        page.get_by_role("option", name="Base model").click()
+        choose(page, "#caption-against", "Base model")
         page.click("#caption-go")
         page.wait_for_function("document.querySelectorAll('#caption-result article').length == 2")
         page.wait_for_selector("#caption-result [aria-busy=false]")
@@ -106,6 +105,16 @@ def take(url: str, out: Path, chromium: str) -> None:
         page.wait_for_selector("svg[role=img]")
         inside.evaluate("button => button.scrollIntoView()")
         shoot(page, out / "inside.png")
+
+        page = visit(DESK, "/?tab=caption")
+        many = page.get_by_role("button", name="Many pictures at once")
+        many.click()
+        page.locator("#caption-files input[type=file]").set_input_files(sorted(IMAGES.glob("*.jpg")))
+        page.wait_for_selector("#caption-files .file")
+        page.click("#caption-all")
+        page.wait_for_selector("a[download='captions.csv']")
+        many.evaluate("button => button.scrollIntoView()")
+        shoot(page, out / "batch.png")
 
         page = visit(DESK, "/?tab=ask")
         page.locator("#ask-picture input[type=file]").set_input_files(IMAGES / "chelsea.jpg")
@@ -117,16 +126,33 @@ def take(url: str, out: Path, chromium: str) -> None:
         shoot(page, out / "ask.png")
 
         page = visit(DESK, "/?tab=chat", color_scheme="dark")
-        page.locator("#chat-text textarea").fill("Give me two tips for taking better photos.")
-        page.keyboard.press("Enter")
-        page.get_by_text("tokens ·").wait_for()
+        say(page, "Give me two tips for taking better photos.")
         shoot(page, out / "chat.png")
+
+        page = visit(DESK, "/?tab=chat")
+        choose(page, "#chat-against", "Base model")
+        page.locator("#chat-1").wait_for()
+        say(page, "Write a haiku about rain.")
+        shoot(page, out / "chat-compare.png")
 
         page = visit(PHONE, "/?tab=caption", color_scheme="dark")
         page.get_by_role("button", name="Coffee").click()
         page.wait_for_selector("#caption-result [aria-busy=false]")
         shoot(page, out / "phone.png")
         browser.close()
+
+
+def choose(page: Page, place: str, option: str) -> None:
+    """Takes an option of a dropdown."""
+    page.locator(f"{place} input").click()
+    page.get_by_role("option", name=option).click()
+
+
+def say(page: Page, message: str) -> None:
+    """Sends a message of a new conversation and waits for what it is answered."""
+    page.locator("#chat-text textarea").fill(message)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#chat-status [aria-busy=false]")
 
 
 def ask(page: Page, question: str) -> None:
