@@ -251,6 +251,9 @@ def test_zero_and_random_attention(world, tmp_path, capsys, in_this_process):
         scores = json.loads((Path(run["folder"]) / "scores.json").read_text())
         assert (scores["split"], scores["held_out"], scores["model"]["score"]) == ("train", 8, "likelihood")
         assert (run["accuracy"], run["questions"], scores["total"]) == (scores["avg"], 8, 8)
+        assert run["scored"]["adapter_hash"] == scores["adapter_hash"]
+        assert run["scored"]["data_hash"] == scores["data_hash"]
+        assert run["answers"] == {row["pid"]: row["answer"] for row in scores["predictions"]}
         assert row["interval"][0] <= row["accuracy"] <= row["interval"][1]
         gates = 0 if row["name"] == "randomly-initialised" else state["gate"].numel()
         assert run["parameters"] == state["prompt"].numel() + gates

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from training.ablations import Run
     from training.config import RunConfig
 
+# What a run's score file says of how it came about.
+SCORED = ("version", "command", "git_commit", "versions", "time", "adapter_hash", "base_hash", "data_hash")
 TABLES = {"layers": "Table 3", "attention": "Table 4", "overfitting": "Table 6"}
 CURVE_POINTS = 50  # the training loss of one step is mostly noise: the means over so many parts of a run are drawn
 # The quantile .975 of Student's t with 1, 2, ... degrees of freedom.
@@ -67,7 +69,7 @@ def report(ablation: str, config: RunConfig, runs: Sequence[Run], out: Path, fac
 
 def figures(run: Run, log: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What a run came to; its train loss is the mean over the steps of the last epoch, or of the last fifth of the run
-    where that is shorter."""
+    where that is shorter. With them stands how it was scored, and which option it chose for each question."""
     from safetensors import safe_open
 
     with safe_open(run.adapter, "pt") as file:
@@ -81,6 +83,8 @@ def figures(run: Run, log: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "train_loss": statistics.fmean(losses[-last:]),
         "val_loss": validations(log)[-1][1],
         **{"accuracy": scores["avg"], "questions": scores["total"]},
+        "scored": {name: scores[name] for name in SCORED if name in scores},
+        "answers": {row["pid"]: row["answer"] for row in scores.get("predictions", ())},
     }
 
 
