@@ -133,6 +133,7 @@ def take(url: str, out: Path, chromium: str) -> None:
         choose(page, "#chat-against", "Base model")
         page.locator("#chat-1").wait_for()
         say(page, "Write a haiku about rain.")
+        page.evaluate("scrollTo(0, 0)")
         shoot(page, out / "chat-compare.png")
 
         page = visit(PHONE, "/?tab=caption", color_scheme="dark")

@@ -344,7 +344,8 @@ def test_many_files_become_a_table_and_files(desk: Any, site: Site, tmp_path: Pa
     desk.click("#caption-all")
     desk.wait_for_selector("a[download='captions.csv']")
     assert desk.locator(".files tbody tr").count() == 4
-    assert desk.locator(".files img.thumb").count() == 3
+    thumbnails = [picture.bounding_box() for picture in desk.locator(".files img.thumb").all()]
+    assert [(box["width"], box["height"]) for box in thumbnails] == [(56, 56)] * 3
     with desk.expect_download() as download:
         desk.click("a[download='captions.csv']")
     path = tmp_path / "captions.csv"
