@@ -273,11 +273,15 @@ class Worker:
         return any(row.choices or row.sampling.beams > 1 for row in rows)
 
     def _choose(self, writing: Writing, pairs: Sequence[tuple[Row, Prompts | None]]) -> None:
-        """Finds the likeliest choice of each row, by its mean log-probability a token, all in one pass."""
+        """Finds the likeliest choice of each row, by its mean log-probability a token, all in one pass; none is chosen
+        where the run was stopped meanwhile."""
         rows = [row for row, _ in pairs]
         prompts = stack_prompts([prompts for _, prompts in pairs])
         found = log_likelihoods(self._llama, [row.tokens for row in rows], [row.endings for row in rows], prompts)
         for row, scores in zip(rows, found, strict=True):
+            if writing.ticket.cancelled.is_set():
+                self._finish(writing, row, "cancelled")
+                continue
             means = scores.mean()
             row.text, row.probabilities = row.choices[int(means.argmax())], tuple(means.softmax(0).tolist())
             self._finish(writing, row, "stop")

@@ -494,6 +494,33 @@ def test_choices_wait_their_turn_and_can_be_cancelled(make, held, monkeypatch):
     assert len(scored) == 1
 
 
+def test_choices_stopped_while_they_are_scored_choose_nothing(make, monkeypatch):
+    service, score, runs = make(), worker_module.log_likelihoods, []
+
+    def stopped(*asked: object) -> list:
+        found = score(*asked)
+        runs[0].cancel()
+        return found
+
+    monkeypatch.setattr(worker_module, "log_likelihoods", stopped)
+    begun = threading.Event()
+    monkeypatch.setattr(service._worker, "_choose", after(begun, service._worker._choose))
+    runs.append(service.choose([WHY], ["a", "b"]))
+    begun.set()
+    end = last(runs[0])[0]
+    assert (end.finish, end.text, end.probabilities) == ("cancelled", "", ())
+
+
+def after(event: threading.Event, function: Callable) -> Callable:
+    """A function that begins when the event is set."""
+
+    def waited(*given: object) -> object:
+        assert event.wait(SOON)
+        return function(*given)
+
+    return waited
+
+
 def test_bad_choices_are_refused(make):
     service, limit = make(), MOST_CHOICES
     for choices, message in (
