@@ -62,11 +62,11 @@ def build_ask_tab(tasks: Tasks) -> None:
                 if info.name in LIMITS:
                     gr.HTML(f'<p class="thanks">{escape(LIMITS[info.name])}</p>')
             judging = controls.judge_row(tasks, outcome)
-            earlier = gr.HTML("")
     model = controls.model_controls(tasks, "answer")
     with gr.Accordion("Settings", open=False):
         decoding = controls.decoding_controls(tasks, "answer")
     looking = controls.inside_panel(tasks, outcome)
+    earlier = gr.HTML("")  # last, since it grows
     panel = controls.Panel(result, outcome, stop)
 
     def write(
