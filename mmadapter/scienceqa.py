@@ -281,9 +281,9 @@ def parse_answer(text: str, choices: Sequence[str], answer_form: str = "letter")
     and an option's own text that contradict each other name nothing, and then the answer is None: in 2 and 4 a letter
     with another option's text right behind it, up to a stop, "BECAUSE:" or the end ("A. Virginia"), in 2 also A and a
     blank with an option's text behind it, whatever follows ("A magnet that ..."), and an option's text with another
-    letter in brackets behind it. A letter past the last choice names nothing, and if
-    it is the X of 2, then the answer is None, too. Of an option's text, case and a stop at the end do not matter unless
-    two options differ in nothing else.
+    letter in brackets behind it. A letter past the last choice names nothing, and if it is the X of 2, then the answer
+    is None, too. Of an option's text, case and a stop at the end do not matter unless two options differ in nothing
+    else.
 
     Args:
         answer_form: What a letter is that is also an option's own text: the "letter", or the option of that "text".

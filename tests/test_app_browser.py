@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import tiny_session
 from tiny_session import Tiny
+from waiting import comes_true
 
 from app.feedback import Feedback
 from app.job import Job
@@ -181,10 +182,7 @@ def still(page: Any) -> bool:
 
 
 def eventually(check: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE / 1000
-    while not check():
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    assert comes_true(check, PATIENCE / 1000)
 
 
 def expected(site: Site, adapter: Path, strength: float = 1.0, number: int = 0) -> str:

@@ -18,6 +18,7 @@ import tiny_session
 from fastapi import FastAPI
 from PIL import Image
 from scripted_service import ScriptedService
+from waiting import comes_true
 
 from app import remote_image
 from app.job import Failure
@@ -88,16 +89,6 @@ def user(text: str, *images: str) -> dict:
 def ask(client: openai.OpenAI, *messages: dict | str, model: str = "mmadapter", **fields: object):
     turns = [{"role": "user", "content": one} if isinstance(one, str) else one for one in messages]
     return client.chat.completions.create(model=model, messages=turns, **fields)
-
-
-def eventually(condition) -> bool:
-    """Whether it comes true within some seconds."""
-    until = time.monotonic() + 10
-    while not condition():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 # Models
@@ -296,7 +287,7 @@ def test_closing_a_stream_cancels_the_run(client, service):
     service.hold.clear()
     stream = ask(client, "one two", stream=True)
     next(stream)
-    assert eventually(lambda: service.runs)
+    assert comes_true(lambda: service.runs, 10)
     assert not service.runs[0].cancelled.is_set()
     stream.close()
     assert service.runs[0].cancelled.wait(10)
@@ -360,7 +351,7 @@ def test_an_answer_that_was_stopped_is_not_told_as_whole(client, service):
     service.hold.clear()
     with ThreadPoolExecutor(1) as pool:
         whole = pool.submit(ask, client, "one two")
-        assert eventually(lambda: service.runs)
+        assert comes_true(lambda: service.runs, 10)
         service.runs[0].cancel()
         with pytest.raises(openai.InternalServerError, match="stopped before its end") as caught:
             whole.result(10)

@@ -6,14 +6,14 @@ import base64
 import io
 import re
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 import tiny_session
 from scripted_service import ScriptedService
+from waiting import comes_true
 
 from app.safety import FILE_POLICY, is_loopback
 from app.server import ServerSettings, bind, build_server, running, url_of
@@ -409,15 +409,8 @@ def test_a_closed_tab_ends_what_it_has_running(app, http):
             lines = heartbeat.iter_lines()
             assert next(lines) == "data: ALIVE"
             assert http.post(f"{url}/gradio_api/queue/join", json=asked).status_code == 200
-            until(lambda: len(service.runs) > before)
+            assert comes_true(lambda: len(service.runs) > before, 30)
             assert not service.runs[before].cancelled.is_set()
-        until(service.runs[before].cancelled.is_set)
+        assert comes_true(service.runs[before].cancelled.is_set, 30)
     finally:
         service.hold.set()
-
-
-def until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < end, "it did not happen within 30 s"
-        time.sleep(0.01)

@@ -14,6 +14,7 @@ import pytest
 import tiny_session
 from PIL import Image
 from tiny_session import Tiny
+from waiting import comes_true
 
 from app import run as run_module
 from app import worker as worker_module
@@ -77,10 +78,7 @@ def texts(run: Run) -> list[str]:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SOON
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    assert comes_true(condition, SOON)
 
 
 def busy_places(service: Service) -> int:
