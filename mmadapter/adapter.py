@@ -193,9 +193,7 @@ class Adapter(nn.Module):
             llama.layers[first:], self.prompt.to(llama.dtype), gates, tuning[first:], strict=True
         ):
             key, value, image = block.prompt_keys_values(prompt, token, tuned_by)
-            layer = PromptKV(key, value, gate[None], image=image)
-            one = image is not None and len(image) == 1  # then there is nothing to share
-            layers.append(PromptKV(key, layer.values, layer.gate) if one else layer)
+            layers.append(PromptKV(key, value, gate[None], image=image))
         return Prompts(tuple(layers), tuning, norm)
 
     forward = prompts  # what wraps a module, such as DistributedDataParallel, sees calls of `forward` alone
@@ -234,24 +232,28 @@ def _stack_layer(rows: Sequence[PromptKV | None]) -> PromptKV | None:
         return None
     longest = max(given, key=lambda row: row.key.shape[2])
     K = longest.key.shape[2]
-    keys, values, gates, masks = [], [], [], []
+    none = torch.zeros_like(longest.key[:1, :, :1])  # of a row without an image
+    keys, values, gates, masks, images = [], [], [], [], []
     for row in rows:
         if row is None:  # zero keys and values, all of them visible: finite, and the gate removes them
             keys.append(torch.zeros_like(longest.key[:1]))
             values.append(torch.zeros_like(longest.value[:1]))
             gates.append(torch.zeros_like(longest.gate[:1]))
             masks.append(torch.ones(1, K, dtype=torch.bool, device=longest.key.device))
+            images.append(none)
         else:
             missing = K - row.key.shape[2]
             keys.append(F.pad(row.key, (0, 0, 0, missing)))
-            values.append(F.pad(row.values, (0, 0, 0, missing)))
+            values.append(F.pad(row.value, (0, 0, 0, missing)))
             gates.append(row.gate)
+            images.append(none if row.image is None else row.image)
             visible = (
                 torch.ones(1, K - missing, dtype=torch.bool, device=row.key.device) if row.mask is None else row.mask
             )
             masks.append(F.pad(visible, (0, missing), value=False))
     mask = torch.cat(masks)
-    return PromptKV(torch.cat(keys), torch.cat(values), torch.cat(gates), None if mask.all() else mask)
+    image = None if all(row is None or row.image is None for row in rows) else torch.cat(images)
+    return PromptKV(torch.cat(keys), torch.cat(values), torch.cat(gates), None if mask.all() else mask, image)
 
 
 def select_prompts(prompts: Prompts | None, rows: Tensor) -> Prompts | None:

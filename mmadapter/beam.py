@@ -39,7 +39,7 @@ def beam_search(
     """
     W = sampling.beams
     limits = row_limits(llama, rows, sampling)
-    cache, valid, logits = prefill(llama, rows, max(limits, default=0), prompts)
+    cache, valid, logits = prefill(llama, rows, max(limits, default=0), prompts, W)
     V = logits.shape[-1]
     stops = torch.tensor(sorted(stop_ids), device=llama.device, dtype=torch.long)
     most = W * (len(stops) + 1)  # a beam has a candidate for each stop token: of so many at least W go on

@@ -124,7 +124,8 @@ def _prompt_share(layer: _Watched, cache: KVCache, index: int) -> float:
     A = layer.queries.shape[2]
     S = cache.length
     visible = torch.ones(A, S, dtype=torch.bool, device=cache.keys.device).tril(S - A)[None, None]  # [1, 1, A, S]
-    text = attend(layer.queries, cache.keys[index, :, :, :S], cache.values[index, :, :, :S], visible)  # [1, H, A, D]
+    keys, values = (whole[index, :, :, :S].to(layer.queries.dtype) for whole in (cache.keys, cache.values))
+    text = attend(layer.queries, keys, values, visible)  # [1, H, A, D]
     of_text, of_prompts = (part.float().norm(dim=(1, 3)) for part in (text, layer.added))  # [1, A]
     # Both are 0 only where every value vector is.
     smallest = torch.finfo(torch.float32).tiny

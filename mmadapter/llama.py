@@ -22,9 +22,9 @@ from mmadapter.normalise import normalise
 
 if TYPE_CHECKING:
     from mmadapter.adapter import PromptKV, Prompts
+    from mmadapter.decode_step import DecodeStep
 
 SHORT = 256  # keys up to which attention holds its scores in memory
-MANY = 16  # rows from which on decoding on a CPU computes their attention, up to SHORT keys, as one batch of products
 
 
 def rope_table(config: LlamaConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -56,8 +56,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v with grouped queries: head h reads key/value head h // (H / G).
 
     Up to `SHORT` keys it is two matrix products; beyond, torch's blocked kernel, which never holds the T by S scores
-    but takes several times longer on short rows. For one query, decoding, that kernel is the faster one, unless a CPU
-    has many short rows: two products in float32 take half its time then.
+    but takes several times longer on short rows. For one query, decoding, that kernel is the faster one.
 
     Args:
         q: [B, H, T, D].
@@ -70,14 +69,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     B, H, T, D = q.shape
     G, S = k.shape[1:3]
     if T == 1:  # the queries of a group are rows of one head, which saves the repeating of keys
-        q = q.reshape(B, G, H // G, D)
-        if B < MANY or S > SHORT or q.device.type != "cpu":
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, H, 1, D)
-        wide = torch.promote_types(q.dtype, torch.float32)
-        scores = (q * D**-0.5).to(wide) @ k.to(wide).transpose(2, 3)  # [B, G, H / G, S]
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
-        return (F.softmax(scores, dim=-1) @ v.to(wide)).to(v.dtype).view(B, H, 1, D)
+        return F.scaled_dot_product_attention(q.reshape(B, G, H // G, D), k, v, attn_mask=mask).view(B, H, 1, D)
     if S > SHORT:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=H > G
@@ -110,10 +102,11 @@ class KVCache:
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores [B, G, T, D] behind the tokens seen so far and returns all S of them, [B, G, S, D]."""
-        end = self.length + key.shape[2]
-        self.keys[layer, :, :, self.length : end] = key
-        self.values[layer, :, :, self.length : end] = value
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        T = key.shape[2]
+        keys, values = (whole[layer].narrow(2, 0, self.length + T) for whole in (self.keys, self.values))
+        keys.narrow(2, self.length, T).copy_(key)
+        values.narrow(2, self.length, T).copy_(value)
+        return keys, values
 
     def select(self, rows: Tensor) -> None:
         """Keeps the rows of index `rows` [B'], in that order; a row may be taken more than once (beam search).
@@ -154,7 +147,7 @@ def attend_both(
         [B, T, H * D].
     """
     if cache is not None:
-        k, v = cache.append(layer, k, v)  # [B, G, S, D]
+        k, v = (past.to(q.dtype) for past in cache.append(layer, k, v))  # [B, G, S, D]
     out = attend(q, k, v, mask)  # [B, H, T, D]
     if prompt is not None:
         out = prompt.add(out, q)
@@ -338,6 +331,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.output = None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.decode_step: DecodeStep | None = None  # a faster loop over the layers, on a CPU (`packed`)
 
     @classmethod
     def from_state_dict(cls, config: LlamaConfig, state: dict[str, Tensor]) -> Llama:
@@ -364,8 +358,15 @@ class Llama(nn.Module):
         """The output projection, [V, C]: the token embedding itself where the two are tied."""
         return self.tok_embeddings.weight if self.output is None else self.output.weight
 
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
-        return KVCache(self.config, batch, capacity, self.dtype, self.device)
+    def new_cache(self, batch: int, capacity: int, most: int | None = None) -> KVCache:
+        """An empty cache with room for `capacity` tokens a row.
+
+        Args:
+            batch: Rows.
+            most: Rows that `KVCache.select` will make of them; None: no more.
+        """
+        wide = self.decode_step is not None and self.decode_step.widens(most or batch)
+        return KVCache(self.config, batch, capacity, torch.float32 if wide else self.dtype, self.device)
 
     def forward(
         self,
@@ -425,6 +426,23 @@ class Llama(nn.Module):
         mask = _attention_mask(T, past, valid, tokens.device)
         x = self.tok_embeddings(tokens)  # [B, T, C]
         rope = rope_table(self.config, positions, x.dtype)
+        if self.decode_step is not None and self.decode_step.takes(tokens, cache):
+            x = self.decode_step(x, rope, mask, cache, prompts)
+        else:
+            x = self._through_blocks(x, rope, mask, cache, prompts, checkpointing)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x, None if prompts is None else prompts.norm)
+
+    def _through_blocks(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KVCache | None,
+        prompts: Prompts | None,
+        checkpointing: bool,
+    ) -> Tensor:
         for index, block in enumerate(self.layers):
             prompt, tuning = (None, UNTUNED) if prompts is None else (prompts.layers[index], prompts.tuning[index])
             arguments = (x, index, rope, mask, cache, prompt, tuning)
@@ -432,9 +450,7 @@ class Llama(nn.Module):
                 x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*arguments)
-        if cache is not None:
-            cache.length += T
-        return self.norm(x, None if prompts is None else prompts.norm)
+        return x
 
 
 def _attention_mask(new: int, past: int, valid: Tensor | None, device: torch.device) -> Tensor | None:

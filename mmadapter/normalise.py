@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW = 16  # rows up to which the number of kernels counts, not what they compute
-
 
 class _Normalised(torch.autograd.Function):
     """y = x * r with r = 1 / rms(x), so dx = r * (dy - y * mean(dy * y))."""
@@ -33,10 +31,6 @@ class _Normalised(torch.autograd.Function):
 
 def normalise(x: Tensor, eps: float) -> Tensor:
     """x / rms(x) over the last dimension, worked out in float32 (arXiv 1910.07467); [..., C] -> [..., C]."""
-    C = x.shape[-1]
-    if torch.is_grad_enabled():
-        return _Normalised.apply(x, eps) if x.requires_grad else F.rms_norm(x, (C,), None, eps)
-    if x.numel() <= FEW * C and x.device.type == "cpu":
-        # The mean of (x, -x) is 0, so its layer norm is (y, -y). On a CPU that is one kernel, the RMS norm eight.
-        return F.layer_norm(torch.cat((x, -x), dim=-1), (2 * C,), None, None, eps)[..., :C]
-    return F.rms_norm(x, (C,), None, eps)
+    if x.requires_grad and torch.is_grad_enabled():
+        return _Normalised.apply(x, eps)
+    return F.rms_norm(x, x.shape[-1:], None, eps)

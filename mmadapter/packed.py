@@ -15,6 +15,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from mmadapter.decode_step import DecodeStep
 from mmadapter.joined import PARTS, JoinedAttention, JoinedFeedForward
 from mmadapter.llama import Llama
 
@@ -84,6 +85,7 @@ def pack(llama: Llama) -> bool:
         block.attention = _packed(block.attention, JoinedAttention(llama.config))
         block.feed_forward = _packed(block.feed_forward, JoinedFeedForward(llama.config))
     llama.output = PackedLinear(llama.output_weight)
+    llama.decode_step = DecodeStep(llama)
     return True
 
 

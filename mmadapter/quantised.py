@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmadapter.decode_step import DecodeStep
 from mmadapter.joined import PARTS, JoinedAttention, JoinedFeedForward, whole_of
 from mmadapter.llama import Llama
 from mmadapter.packed import FrozenLinear
@@ -179,7 +180,9 @@ def quantised_llama(weights: BaseWeights, name: str) -> Llama:
             setattr(getattr(parent, last), leaf, nn.Parameter(tensor.to(ACTIVATIONS)))
     if missing:
         raise ValueError(f"{weights.path} lacks {len(missing)} tensors of the model, such as {next(iter(missing))}")
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    model.decode_step = DecodeStep(model)
+    return model
 
 
 def packed_bytes(model: nn.Module) -> int:

@@ -131,9 +131,9 @@ def spy(monkeypatch: pytest.MonkeyPatch, llama: Llama) -> tuple[list[tuple], lis
         passes.append((*tokens.shape, options["valid"] is not None))
         return hidden(tokens, **options)
 
-    def counted(batch: int, capacity: int) -> KVCache:
+    def counted(batch: int, capacity: int, most: int | None = None) -> KVCache:
         caches.append(batch)
-        return new_cache(batch, capacity)
+        return new_cache(batch, capacity, most)
 
     monkeypatch.setattr(llama, "hidden", spied)
     monkeypatch.setattr(llama, "new_cache", counted)
@@ -200,8 +200,8 @@ def test_what_lies_in_fresh_memory_does_not_matter(monkeypatch):
     expected = [alone(llama, row, Sampling(max_new_tokens=8), None) for row in ROWS]
     new_cache = llama.new_cache
 
-    def poisoned(batch: int, capacity: int) -> KVCache:
-        cache = new_cache(batch, capacity)
+    def poisoned(batch: int, capacity: int, most: int | None = None) -> KVCache:
+        cache = new_cache(batch, capacity, most)
         cache.keys.fill_(float("nan"))
         cache.values.fill_(float("nan"))
         return cache

@@ -313,8 +313,7 @@ def test_beam_search_equals_a_slow_one(beams, length_penalty, penalty, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_beam_search_over_many_lines_equals_a_slow_one(kind, monkeypatch):
-    """As for a hundred lines, their attention is one batch of products and their logits are looked at in parts."""
-    monkeypatch.setattr("mmadapter.llama.MANY", 2)
+    """As for a hundred lines, their logits are looked at in parts."""
     monkeypatch.setattr("mmadapter.beam.LINES", 5)
     test_beam_search_equals_a_slow_one(3, 1.0, 1.5, kind)
 
@@ -435,7 +434,7 @@ class Scripted:
         self.config = SimpleNamespace(context=1000)
         self.device = torch.device("cpu")
 
-    def new_cache(self, batch: int, capacity: int) -> SimpleNamespace:
+    def new_cache(self, batch: int, capacity: int, most: int) -> SimpleNamespace:
         return SimpleNamespace(select=lambda rows: None)
 
     def hidden(self, tokens: torch.Tensor, **options: object) -> torch.Tensor:

@@ -179,24 +179,6 @@ def test_both_paths_of_attention_agree(
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("masked", [False, True])
-def test_one_query_of_many_rows_sees_what_it_sees_in_few(kv_heads: int, masked: bool) -> None:
-    """Many rows are one batch of products, few go through torch's kernel."""
-    B, S, D = 2 * llama_module.MANY, 7, 6
-    generator = torch.Generator().manual_seed(6)
-    shapes = ((B, 4, 1, D), (B, kv_heads, S, D), (B, kv_heads, S, D))
-    q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
-    mask = torch.rand(B, 1, 1, S, generator=generator) < 0.5
-    mask[..., 0] = True
-    many = attend(q, k, v, mask if masked else None)
-    few = [attend(*(x[i : i + 4] for x in (q, k, v)), mask[i : i + 4] if masked else None) for i in range(0, B, 4)]
-    torch.testing.assert_close(many, torch.cat(few), atol=1e-6, rtol=0)
-    wide = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask if masked else None)
-    torch.testing.assert_close(wide.float(), many, atol=2e-2, rtol=0)
-    assert wide.dtype == torch.bfloat16
-
-
 def test_gradients_through_the_model_agree_on_both_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, grads = tiny.tokens(2, 9), []
     for short in (256, 0):
