@@ -148,6 +148,11 @@ class DecodeStep:
     def __init__(self, llama: Llama) -> None:
         config = llama.config
         self.config, self.blocks = config, llama.layers
+        # Bound once: a module's attributes and its call go through Python several times, which shows here.
+        self._linears = [
+            (attention.wqkv.forward, attention.wo.forward, feed_forward.w13.forward, feed_forward.w2.forward)
+            for attention, feed_forward in ((block.attention, block.feed_forward) for block in llama.layers)
+        ]
         self._turning = config.heads + config.kv_heads  # heads of what is rotated
         self._scale = torch.ones(self._turning, 1)
         self._scale[: config.heads] = config.head_width**-0.5
@@ -193,10 +198,10 @@ class DecodeStep:
         eps, dtype = self.config.norm_eps, x.dtype
         cos, sin = (part[:, 0] * self._scale for part in rope)  # float32 [1 or B, H + G, D]
         bias = None if mask is None else _bias(mask).repeat_interleave(self.config.kv_heads, dim=0).squeeze(1)
-        for index, (block, layer) in enumerate(zip(self.blocks, ready, strict=True)):
-            attention, feed_forward, tuning = block.attention, block.feed_forward, layer.tuning
+        for index, ((wqkv, wo, w13, w2), layer) in enumerate(zip(self._linears, ready, strict=True)):
+            tuning = layer.tuning
             normed = normalised(x, layer.attention_norm, eps)
-            joined = tuned(attention.wqkv(normed), tuning.wqkv).view(B, -1, D)  # [B, H + 2 G, D]
+            joined = tuned(wqkv(normed), tuning.wqkv).view(B, -1, D)  # [B, H + 2 G, D]
             turned = joined[:, :turning]
             turned = torch.addcmul(turned * cos, turned.roll(D // 2, -1), sin)  # float32 [B, H + G, D]
             q = turned[:, :heads]
@@ -205,8 +210,8 @@ class DecodeStep:
             if layer.prompt is not None:
                 mixed = layer.prompt.add(mixed, q)
             mixed = mixed.to(dtype).reshape(B, 1, heads * D)
-            x.add_(tuned(attention.wo(mixed), tuning.wo))
+            x.add_(tuned(wo(mixed), tuning.wo))
             normed = normalised(x, layer.ffn_norm, eps)
-            gate, up = tuned(feed_forward.w13(normed), tuning.w13).chunk(2, dim=-1)
-            x.add_(tuned(feed_forward.w2(F.silu(gate) * up), tuning.w2))
+            gate, up = tuned(w13(normed), tuning.w13).chunk(2, dim=-1)
+            x.add_(tuned(w2(F.silu(gate) * up), tuning.w2))
         return x

@@ -68,7 +68,7 @@ class PackedLinear(FrozenLinear):
             ValueError: A gradient is wanted.
         """
         self.refuse_gradient(x)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, None, "none", [], "")
 
 
 def pack(llama: Llama) -> bool:
