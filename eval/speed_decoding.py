@@ -98,7 +98,7 @@ def _decoding(setting: Setting, base: Base, batch: int) -> Case:
             left_out["llama.cpp"] = str(reason)
     widest = setting.float_dtype if setting.float_dtype in made else next(iter(made))
     llama = base.session(widest).llama
-    item = llama.new_cache(1, 1).keys.element_size()
+    item = base.answering(widest).llama.new_cache(batch, 1).keys.element_size()
     read = decoding_bytes(base.config, weight_bytes(llama), START, NEW, batch, item) / (NEW * batch)
     limit = memory_limit(setting, read)
     contenders.append(Contender(f"{limit.name} {widest}", limit.run))

@@ -77,10 +77,14 @@ def curves(setting: Setting, base: Base) -> list[Curve]:
     """What varies, in sizes that the base's context and depth allow."""
     dtype, config = setting.float_dtype, base.config
     llama, answering = base.session(dtype).llama, base.answering(dtype).llama
-    item, weights = llama.new_cache(1, 1).keys.element_size(), weight_bytes(llama)
+    item, weights = llama.output_weight.element_size(), weight_bytes(llama)
     layers = min(LAYERS, config.layers)
     depths = tuple(sorted({max(1, round(layers * part)) for part in (1 / 30, 1 / 4, 1 / 2, 3 / 4, 1)}))
     batch = full_batch(base.tokens(LENGTH, ROWS))
+
+    def cached(rows: int) -> int:
+        """Bytes of a number in the cache of so many rows."""
+        return answering.new_cache(rows, 1).keys.element_size()
 
     def generating(rows: int, start: int, new: int) -> Callable[[], object]:
         prompts = base.tokens(start, rows).tolist()
@@ -99,7 +103,7 @@ def curves(setting: Setting, base: Base) -> list[Curve]:
             tuple(size for size in PROMPTS if size < config.context),
             lambda size: generating(1, size, 1),
             lambda size: forward_flops(config, size),
-            lambda size: cache_bytes(config, size, item) + passing_bytes(config, size, item),
+            lambda size: cache_bytes(config, size, cached(1)) + passing_bytes(config, size, item),
             "a + b (2 N P T + 2 N H D T²)",
             "a + b T: cache, and one block's outputs",
         ),
@@ -108,9 +112,9 @@ def curves(setting: Setting, base: Base) -> list[Curve]:
             BATCHES,
             lambda size: generating(size, START, STEPS),
             lambda size: float(size),
-            lambda size: cache_bytes(config, size * (START + STEPS), item),
+            lambda size: cache_bytes(config, size * (START + STEPS), cached(size)),
             "a + b B: the weights are read once",
-            "a + b B: the cache",
+            "a + b B: the cache, in float32 or bfloat16",
         ),
         Curve(
             "K",
@@ -134,8 +138,8 @@ def curves(setting: Setting, base: Base) -> list[Curve]:
             "generated length",
             tuple(size for size in LENGTHS if START + size < config.context),
             lambda size: generating(1, START, size),
-            lambda size: decoding_bytes(config, weights, START, size, 1, item),
-            lambda size: cache_bytes(config, START + size, item),
+            lambda size: decoding_bytes(config, weights, START, size, 1, cached(1)),
+            lambda size: cache_bytes(config, START + size, cached(1)),
             "a + b n W + c n², in bytes read",
             "a + b n: the cache",
         ),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mmadapter.checkpoint import FILE_NAME, Fingerprint, find_adapter, load_adapter
 from mmadapter.config import AdapterConfig, LlamaConfig
+from mmadapter.decode_step import NARROW
 from mmadapter.tuning import linear_widths
 from mmadapter.weights import expected_shapes, read_config
 
@@ -118,7 +119,7 @@ def describe(
     lines += [f"  {'trained':<17} {trained:>12,}  ({trained / base_parameters(config):.3%} of the base)"]
     weights = weight_bytes(config, dtype)
     training = weights + trained * 16 + activation_bytes(config, shape, batch_tokens, dtype)
-    inference = weights + cache_bytes(config, 2048, dtype)
+    inference = weights + cache_bytes(config, 2048, "float32" if config.width <= NARROW else dtype)
     lines += [
         "",
         f"memory, {dtype} (estimates)",
