@@ -40,7 +40,7 @@ def beam_search(
     W = sampling.beams
     limits = row_limits(llama, rows, sampling)
     cache, valid, logits = prefill(llama, rows, max(limits, default=0), prompts, W)
-    V = logits.shape[-1]
+    read, V = cache.length, logits.shape[-1]
     stops = torch.tensor(sorted(stop_ids), device=llama.device, dtype=torch.long)
     most = W * (len(stops) + 1)  # a beam has a candidate for each stop token: of so many at least W go on
     finished: list[list[tuple[float, list[int]]]] = [[] for _ in rows]  # best first, W at most
@@ -88,7 +88,7 @@ def beam_search(
         parents = torch.tensor(parents, device=llama.device)
         # After the prefill a row has one line in the cache, which all its beams come from; later it has W.
         lines = order[parents] if length == 1 else parents
-        cache.select(lines)
+        cache.select(lines, 0 if others else read)
         if others:
             prompts = select_prompts(prompts, lines)
             valid = None if valid is None else valid[lines]

@@ -108,10 +108,13 @@ class KVCache:
         values.narrow(2, self.length, T).copy_(value)
         return keys, values
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Tensor, start: int = 0) -> None:
         """Keeps the rows of index `rows` [B'], in that order; a row may be taken more than once (beam search).
 
         What stays where it is is not copied, and new memory is taken only where there are more rows than before.
+
+        Args:
+            start: Tokens that each row has in common with the one that takes its place, such as beams of one text.
         """
         for name in ("keys", "values"):
             old = getattr(self, name)  # [N, B, G, capacity, D]
@@ -122,8 +125,8 @@ class KVCache:
                 new = old[:, : len(rows)]
                 moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().flatten()
                 for layer in range(len(old)):
-                    kept = old[layer, :, :, : self.length].index_select(0, rows[moved])
-                    new[layer, :, :, : self.length].index_copy_(0, moved, kept)
+                    kept = old[layer, :, :, start : self.length].index_select(0, rows[moved])
+                    new[layer, :, :, start : self.length].index_copy_(0, moved, kept)
             setattr(self, name, new)
 
 

@@ -681,6 +681,18 @@ def test_the_top_tokens_are_those_of_topk(vocabulary: int) -> None:
     assert all(len(set(row)) == 4 for row in tokens.tolist())
 
 
+def test_what_beams_have_in_common_is_not_copied() -> None:
+    cache = make_llama().new_cache(3, 4)
+    cache.length = 3
+    for tensor in (cache.keys, cache.values):
+        tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)))
+    before = [tensor.clone() for tensor in (cache.keys, cache.values)]
+    cache.select(torch.tensor([0, 2, 1]), start=2)
+    for tensor, old in zip((cache.keys, cache.values), before, strict=True):
+        assert torch.equal(tensor[:, :, :, :2], old[:, :, :, :2])
+        assert torch.equal(tensor[:, :, :, 2], old[:, [0, 2, 1], :, 2])
+
+
 @pytest.mark.parametrize("rows", [[0, 1, 2], [2, 0, 1], [1, 1, 1], [2, 1], [1], [0, 0, 1, 1, 2]])
 def test_rows_of_a_cache_are_selected(rows: list[int]) -> None:
     cache = make_llama().new_cache(3, 4)
