@@ -82,7 +82,8 @@ def log_likelihoods(
     _check(llama, rows, endings)
     flat = [list(ending) for group in endings for ending in group]
     longest = max(len(ending) for ending in flat)
-    cache, valid, logits = prefill(llama, rows, longest - 1, prompts)  # the last token of an ending is not read
+    most = max(map(len, endings))
+    cache, valid, logits = prefill(llama, rows, longest - 1, prompts, most)  # the last token of an ending is not read
     owner = torch.tensor([row for row, group in enumerate(endings) for _ in group], device=llama.device)  # [E]
     lengths = torch.tensor([len(ending) for ending in flat], device=llama.device)  # [E]
     tokens = torch.tensor([ending + [0] * (longest - len(ending)) for ending in flat], device=llama.device)  # [E, T]

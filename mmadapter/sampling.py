@@ -71,13 +71,13 @@ class Sampling:
 
 
 def prefill(
-    llama: Llama, rows: Sequence[Sequence[int]], new_tokens: int, prompts: Prompts | None, beams: int = 1
+    llama: Llama, rows: Sequence[Sequence[int]], new_tokens: int, prompts: Prompts | None, lines: int = 1
 ) -> tuple[KVCache, Tensor | None, Tensor]:
     """Reads the prompts of a batch. What all rows begin with, such as examples, is read once; then padding follows.
 
     Args:
         new_tokens: That each row will have room for.
-        beams: That each row will become.
+        lines: That each row will become, beams or endings (`KVCache.select`).
 
     Returns:
         The cache with room for `new_tokens` more, the mask of real tokens [B, T] (None where no row is padded), and the
@@ -95,7 +95,7 @@ def prefill(
     if int(lengths.min()) < longest:
         places = torch.arange(longest, device=llama.device)
         valid = (places < shared) | (places >= longest - lengths[:, None] + shared)  # [B, T]
-    cache = llama.new_cache(1 if shared else B, longest + new_tokens, most=B * beams)
+    cache = llama.new_cache(1 if shared else B, longest + new_tokens, most=B * lines)
     if shared:
         llama.hidden(torch.tensor([rows[0][:shared]], device=llama.device), prompts=prompts, cache=cache)
         cache.select(torch.zeros(B, dtype=torch.long, device=llama.device))
