@@ -86,6 +86,12 @@ def curves(setting: Setting, base: Base) -> list[Curve]:
         """Bytes of a number in the cache of so many rows."""
         return answering.new_cache(rows, 1).keys.element_size()
 
+    def reading(rows: int) -> float:
+        """Bytes while prompts of START tokens are read; up to some rows the cache may be in a wider format."""
+        logits = rows * config.vocab_size * (item + 4)  # as they come, and in float32
+        cache = cache_bytes(config, rows * (START + STEPS), cached(rows))
+        return cache + passing_bytes(config, rows * START, item) + logits
+
     def generating(rows: int, start: int, new: int) -> Callable[[], object]:
         prompts = base.tokens(start, rows).tolist()
         return lambda: generate(answering, prompts, new)
@@ -112,9 +118,9 @@ def curves(setting: Setting, base: Base) -> list[Curve]:
             BATCHES,
             lambda size: generating(size, START, STEPS),
             lambda size: float(size),
-            lambda size: cache_bytes(config, size * (START + STEPS), cached(size)),
+            reading,
             "a + b B: the weights are read once",
-            "a + b B: the cache, in float32 or bfloat16",
+            "a + b M: the cache, one block's outputs, logits",
         ),
         Curve(
             "K",
