@@ -198,14 +198,15 @@ class DecodeStep:
         eps, dtype = self.config.norm_eps, x.dtype
         cos, sin = (part[:, 0] * self._scale for part in rope)  # float32 [1 or B, H + G, D]
         bias = None if mask is None else _bias(mask).repeat_interleave(self.config.kv_heads, dim=0).squeeze(1)
-        for index, ((wqkv, wo, w13, w2), layer) in enumerate(zip(self._linears, ready, strict=True)):
-            tuning = layer.tuning
+        for linears, layer, cached in zip(self._linears, ready, cache.one_more(), strict=True):
+            (wqkv, wo, w13, w2), tuning, (new_key, k, new_value, v) = linears, layer.tuning, cached
             normed = normalised(x, layer.attention_norm, eps)
             joined = tuned(wqkv(normed), tuning.wqkv).view(B, -1, D)  # [B, H + 2 G, D]
             turned = joined[:, :turning]
             turned = torch.addcmul(turned * cos, turned.roll(D // 2, -1), sin)  # float32 [B, H + G, D]
             q = turned[:, :heads]
-            k, v = cache.append(index, turned[:, heads:, None], joined[:, turning:, None])  # [B, G, S, D]
+            new_key.copy_(turned[:, heads:])
+            new_value.copy_(joined[:, turning:])
             mixed = attend_one(q, k, v, bias)  # [B, H, D]
             if layer.prompt is not None:
                 mixed = layer.prompt.add(mixed, q)

@@ -10,6 +10,7 @@ D head width, N layers, V vocabulary, K prompt length.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -102,11 +103,18 @@ class KVCache:
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores [B, G, T, D] behind the tokens seen so far and returns all S of them, [B, G, S, D]."""
-        T = key.shape[2]
-        keys, values = (whole[layer].narrow(2, 0, self.length + T) for whole in (self.keys, self.values))
-        keys.narrow(2, self.length, T).copy_(key)
-        values.narrow(2, self.length, T).copy_(value)
-        return keys, values
+        end = self.length + key.shape[2]
+        self.keys[layer, :, :, self.length : end] = key
+        self.values[layer, :, :, self.length : end] = value
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def one_more(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """For each layer where the key of one more token goes, [B, G, D], and all S keys with it, [B, G, S, D], and the
+        same of the values: a few views of the whole cache in place of several for each layer."""
+        place, S = self.length, self.length + 1
+        wholes = (self.keys, self.values)
+        parts = (part for whole in wholes for part in (whole.select(3, place), whole.narrow(3, 0, S)))
+        return zip(*(part.unbind() for part in parts), strict=True)
 
     def select(self, rows: Tensor, start: int = 0) -> None:
         """Keeps the rows of index `rows` [B'], in that order; a row may be taken more than once (beam search).
