@@ -12,13 +12,13 @@ Shapes: as in `llama`, and R rows of prompts: 1 where all rows share them, else 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmadapter.llama import UNTUNED, KVCache, LayerTuning, Llama, RMSNorm, tuned
+from mmadapter.llama import UNTUNED, KVCache, LayerTuning, Llama, RMSNorm, rope_frequencies, rope_table, tuned
 
 if TYPE_CHECKING:
     from mmadapter.adapter import PromptKV, Prompts
@@ -142,12 +142,20 @@ class ReadyLayer:
     tuning: LayerTuning
 
 
+class Ready(NamedTuple):
+    """What stays the same from token to token: of each layer, and the weight of the final norm (`norm_weight`)."""
+
+    layers: list[ReadyLayer]
+    norm: Tensor
+
+
 class DecodeStep:
     """The layers of a frozen base whose blocks are joined, for one new token a row."""
 
     def __init__(self, llama: Llama) -> None:
         config = llama.config
-        self.config, self.blocks = config, llama.layers
+        self.config, self.blocks, self.norm = config, llama.layers, llama.norm
+        self._frequencies = rope_frequencies(config, llama.device)
         # Bound once: a module's attributes and its call go through Python several times, which shows here.
         self._linears = [
             (attention.wqkv.forward, attention.wo.forward, feed_forward.w13.forward, feed_forward.w2.forward)
@@ -157,7 +165,7 @@ class DecodeStep:
         self._scale = torch.ones(self._turning, 1)
         self._scale[: config.heads] = config.head_width**-0.5
         self._plain = self._make_ready(None)
-        self._adapted: tuple[Prompts | None, list[ReadyLayer]] = (None, self._plain)  # what came last: a text keeps it
+        self._adapted: tuple[Prompts | None, Ready] = (None, self._plain)  # what came last: a text keeps it
 
     def widens(self, rows: int) -> bool:
         """Whether for so many rows of this base a cache in float32 is worth its size: nothing is converted then."""
@@ -167,25 +175,25 @@ class DecodeStep:
         """Whether new tokens [B, T] are for this step, after those in the cache."""
         return tokens.shape[1] == 1 and cache is not None and cache.length > 0
 
-    def _make_ready(self, prompts: Prompts | None) -> list[ReadyLayer]:
-        ready = []
+    def _make_ready(self, prompts: Prompts | None) -> Ready:
+        layers = []
         for index, block in enumerate(self.blocks):
             prompt, tuning = (None, UNTUNED) if prompts is None else (prompts.layers[index], prompts.tuning[index])
             norms = (
                 norm_weight(block.attention_norm, tuning.attention_norm),
                 norm_weight(block.ffn_norm, tuning.ffn_norm),
             )
-            ready.append(ReadyLayer(*norms, None if prompt is None else HeadPrompts.of(prompt), tuning))
-        return ready
+            layers.append(ReadyLayer(*norms, None if prompt is None else HeadPrompts.of(prompt), tuning))
+        return Ready(layers, norm_weight(self.norm, None if prompts is None else prompts.norm))
 
     def __call__(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache, prompts: Prompts | None
+        self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache, prompts: Prompts | None
     ) -> Tensor:
-        """The hidden states behind the last layer, [B, 1, C].
+        """Embeddings to final hidden states, both [B, 1, C], as the plain loop has them.
 
         Args:
-            x: Embeddings, [B, 1, C]; they are overwritten.
-            rope: As of `llama.rope_table`, [1 or B, 1, 1, D].
+            x: Embeddings; they are overwritten.
+            positions: Of the new tokens, [1] or [B, 1].
             mask: True where a query may look, [B, 1, 1, S]; None: everywhere.
             cache: Earlier tokens. Keys and values of the new ones are stored behind them; its length stays.
             prompts: What an adapter adds; None is the base model.
@@ -196,9 +204,10 @@ class DecodeStep:
             self._adapted = (prompts, ready)
         B, heads, turning, D = len(x), self.config.heads, self._turning, self.config.head_width
         eps, dtype = self.config.norm_eps, x.dtype
+        rope = rope_table(self._frequencies, positions, dtype)
         cos, sin = (part[:, 0] * self._scale for part in rope)  # float32 [1 or B, H + G, D]
         bias = None if mask is None else _bias(mask).repeat_interleave(self.config.kv_heads, dim=0).squeeze(1)
-        for linears, layer, cached in zip(self._linears, ready, cache.one_more(), strict=True):
+        for linears, layer, cached in zip(self._linears, ready.layers, cache.one_more(), strict=True):
             (wqkv, wo, w13, w2), tuning, (new_key, k, new_value, v) = linears, layer.tuning, cached
             normed = normalised(x, layer.attention_norm, eps)
             joined = tuned(wqkv(normed), tuning.wqkv).view(B, -1, D)  # [B, H + 2 G, D]
@@ -215,4 +224,4 @@ class DecodeStep:
             normed = normalised(x, layer.ffn_norm, eps)
             gate, up = tuned(w13(normed), tuning.w13).chunk(2, dim=-1)
             x.add_(tuned(w2(F.silu(gate) * up), tuning.w2))
-        return x
+        return normalised(x, ready.norm, eps)

@@ -28,20 +28,26 @@ if TYPE_CHECKING:
 SHORT = 256  # keys up to which attention holds its scores in memory
 
 
-def rope_table(config: LlamaConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles (RoFormer, arXiv 2104.09864).
+def rope_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
+    """Angle of each pair of a head's numbers from one position to the next (RoFormer, arXiv 2104.09864), [D/2]."""
+    exponents = torch.arange(0, config.head_width, 2, device=device, dtype=torch.float32) / config.head_width
+    frequencies = config.rope_theta**-exponents
+    if config.rope_divisors is not None:
+        frequencies = frequencies / torch.tensor(config.rope_divisors, device=device)
+    return frequencies
+
+
+def rope_table(frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles.
 
     Args:
+        frequencies: Of `rope_frequencies`.
         positions: Token positions, [T] or [B, T].
         dtype: Of the result; the angles themselves are computed in float32.
 
     Returns:
         Two tensors [1 or B, 1, T, D], as `rotate` takes them: the sines of the first half are negative.
     """
-    exponents = torch.arange(0, config.head_width, 2, device=positions.device, dtype=torch.float32) / config.head_width
-    frequencies = config.rope_theta**-exponents  # [D/2]
-    if config.rope_divisors is not None:
-        frequencies = frequencies / torch.tensor(config.rope_divisors, device=positions.device)
     angles = torch.atleast_2d(positions).float()[..., None] * frequencies  # [1 or B, T, D/2]
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1).to(dtype)[:, None], torch.cat((-sin, sin), -1).to(dtype)[:, None]
@@ -436,24 +442,25 @@ class Llama(nn.Module):
             positions = (valid.cumsum(1) - 1).clamp_min(0)[:, past:]  # [B, T]
         mask = _attention_mask(T, past, valid, tokens.device)
         x = self.tok_embeddings(tokens)  # [B, T, C]
-        rope = rope_table(self.config, positions, x.dtype)
         if self.decode_step is not None and self.decode_step.takes(tokens, cache):
-            x = self.decode_step(x, rope, mask, cache, prompts)
+            x = self.decode_step(x, positions, mask, cache, prompts)
         else:
-            x = self._through_blocks(x, rope, mask, cache, prompts, checkpointing)
+            x = self._through_blocks(x, positions, mask, cache, prompts, checkpointing)
         if cache is not None:
             cache.length += T
-        return self.norm(x, None if prompts is None else prompts.norm)
+        return x
 
     def _through_blocks(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
+        positions: Tensor,
         mask: Tensor | None,
         cache: KVCache | None,
         prompts: Prompts | None,
         checkpointing: bool,
     ) -> Tensor:
+        """Embeddings to final hidden states, both [B, T, C]."""
+        rope = rope_table(rope_frequencies(self.config, x.device), positions, x.dtype)
         for index, block in enumerate(self.layers):
             prompt, tuning = (None, UNTUNED) if prompts is None else (prompts.layers[index], prompts.tuning[index])
             arguments = (x, index, rope, mask, cache, prompt, tuning)
@@ -461,7 +468,7 @@ class Llama(nn.Module):
                 x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*arguments)
-        return x
+        return self.norm(x, None if prompts is None else prompts.norm)
 
 
 def _attention_mask(new: int, past: int, valid: Tensor | None, device: torch.device) -> Tensor | None:

@@ -26,7 +26,7 @@ from weight_files import (
 )
 
 from mmadapter.config import LlamaConfig, llama3_rope_divisors
-from mmadapter.llama import Llama, rope_table, rotate
+from mmadapter.llama import Llama, rope_frequencies, rope_table, rotate
 from mmadapter.weights import expected_shapes, load_state_dict, open_weights, store
 from mmadapter.weights.base import halves_from_pairs
 
@@ -58,7 +58,7 @@ def test_permuted_rows_turn_halves_as_meta_turns_pairs() -> None:
     x = torch.randn(T, 8, generator=generator)
     angles = torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(0, D, 2) / D)  # [T, D/2]
     meta, ours = [], []
-    rope = rope_table(CONFIG, torch.arange(T), torch.float32)
+    rope = rope_table(rope_frequencies(CONFIG, torch.device("cpu")), torch.arange(T), torch.float32)
     for weight in weights:
         pairs = torch.view_as_complex((x @ weight.T).view(T, heads, D // 2, 2))  # [T, heads, D/2]
         turned = torch.view_as_real(pairs * torch.polar(torch.ones(T, 1, D // 2), angles[:, None])).flatten(2)
