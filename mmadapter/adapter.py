@@ -5,8 +5,9 @@ For an adapted layer with prompt P_l [K, C], image token I [B, C], rotated query
     P      = P_l + I                                                       (Eq. 10)
     out    = softmax(q k^T / sqrt(D)) v + phi(g) * softmax(q k_p^T / sqrt(D)) v_p,   k_p, v_p = W_k P, W_v P
 
-The second term is `PromptKV.add`'s; `Adapter.prompts` makes k_p, v_p and phi(g) once, for as long as adapter and
-image stay the same. An adapter may also tune the base's linears and norms (`tuning`).
+The second term is `PromptKV.add`'s (and, a token at a time, `decode_step`'s); `Adapter.prompts` makes k_p, v_p and
+phi(g) once, for as long as adapter and image stay the same. An adapter may also tune the base's linears and norms
+(`tuning`).
 
 Shapes: B batch, T tokens, C width, H query heads, G key/value heads, D head width, N layers, L adapted layers,
 K prompt length, F width of the image features.
@@ -40,7 +41,7 @@ class PromptKV:
         value: [B, G, K, D].
         gate: phi(g) times the strength, [B, H].
         mask: True where a row has a prompt, [B, K]; None where all rows have all K.
-        image: What each row's image adds to its values, [B, G, 1, D]; None where `value` has it.
+        image: What each row's image adds to its values, [B, G, 1, D]; None for text.
     """
 
     key: Tensor
@@ -74,7 +75,7 @@ class PromptKV:
         gate = self.gate[:, :, None, None]  # [1 or B, H, 1, 1]
         if T > 1:
             return out + self._attend_many(q, gate)
-        # One kernel in place of several, as `llama.attend` does for few rows; rows that share the prompts are one's.
+        # One kernel in place of several, as `llama.attend` does; rows that share the prompts are one's.
         q = q.reshape(B, G, H // G, D)
         if len(self.key) == 1 and self.mask is None:
             rows = q.transpose(0, 1).reshape(1, G, -1, D)  # [1, G, B * H/G, D]
@@ -260,6 +261,8 @@ def select_prompts(prompts: Prompts | None, rows: Tensor) -> Prompts | None:
     """The rows of index `rows` [B'] of a batch's prompts; a row may be taken more than once."""
     if prompts is None:
         return None
+    if prompts.batch == 1:  # all rows share them
+        return prompts
     layers = tuple(None if layer is None else layer.select(rows) for layer in prompts.layers)
     norm = prompts.norm
     if norm is None or len(norm) == 1:

@@ -1,7 +1,8 @@
 """Continuous batching: texts join a running batch, and leave it, at any step.
 
 Every row has its own prompt, adapter, image, strength and decoding settings, and gives the text that it gives alone
-(`generate.generate`). A row is read alone, then its keys and values move in beside those of the others.
+(`generate.generate`), but for the rounding of bfloat16. A row is read alone, then its keys and values move in beside
+those of the others.
 
 Shapes: B rows in the batch, S tokens of its longest row, V vocabulary.
 """

@@ -3,8 +3,8 @@
 A step reads every weight for a few products a row, and beside that what each of hundreds of calls costs by itself is a
 fifth of the time of a small base. So here stands the loop over the layers of `Llama.hidden` once more, for T = 1, on a
 base that is packed or quantised (`joined`), with what stays the same from token to token made ready before: the norms'
-weights, and the prompts as attention takes them. Attention is in float32, for so few numbers the faster format. What
-comes out is what the plain loop gives, up to the order of sums and to where bfloat16 is rounded.
+weights, and the prompts as attention takes them. Attention is in float32, for few numbers (`KEYS`) the faster format.
+What comes out is what the plain loop gives, up to the order of sums and to where bfloat16 is rounded.
 
 Shapes: as in `llama`, and R rows of prompts: 1 where all rows share them, else B.
 """
@@ -82,6 +82,8 @@ class HeadPrompts:
 
 def attend_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """`llama.attend` for one query a row: the queries of a group are rows of one head, so that no key is repeated.
+
+    Of more than `KEYS` keys in bfloat16 it is torch's kernel in that format, which rounds the queries, too.
 
     Args:
         q: Rotated queries divided by sqrt(D), float32 [B, H, D].
@@ -165,7 +167,6 @@ class DecodeStep:
         self._scale = torch.ones(self._turning, 1)
         self._scale[: config.heads] = config.head_width**-0.5
         self._plain = self._make_ready(None)
-        self._adapted: tuple[Prompts | None, Ready] = (None, self._plain)  # what came last: a text keeps it
 
     def widens(self, rows: int) -> bool:
         """Whether for so many rows of this base a cache in float32 is worth its size: nothing is converted then."""
@@ -198,10 +199,10 @@ class DecodeStep:
             cache: Earlier tokens. Keys and values of the new ones are stored behind them; its length stays.
             prompts: What an adapter adds; None is the base model.
         """
-        known, ready = (None, self._plain) if prompts is None else self._adapted
+        known, ready = (None, self._plain) if prompts is None else cache.ready
         if known is not prompts:
             ready = self._make_ready(prompts)
-            self._adapted = (prompts, ready)
+            cache.ready = (prompts, ready)
         B, heads, turning, D = len(x), self.config.heads, self._turning, self.config.head_width
         eps, dtype = self.config.norm_eps, x.dtype
         rope = rope_table(self._frequencies, positions, dtype)

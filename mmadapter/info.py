@@ -123,7 +123,7 @@ def describe(
     lines += [
         "",
         f"memory, {dtype} (estimates)",
-        f"  inference   {_gigabytes(inference)} with 2,048 cached tokens",
+        f"  inference   {_gigabytes(inference)} with 2,048 cached tokens of one text",
     ]
     if dtype not in PACKED_BYTES:  # a packed base cannot be trained on
         lines.append(

@@ -1,8 +1,8 @@
 """LLaMA, read from top to bottom.
 
 LLaMA 1, 2 and 3 (arXiv 2302.13971, 2307.09288, 2407.21783) and the models built alike. An adapter's
-prompts enter in `attend_both`, its tuning where a linear is `tuned` and in `RMSNorm.forward`. Without an adapter
-this is the base model, and nothing here is trained.
+prompts enter in `attend_both`, its tuning where a linear is `tuned` and in `RMSNorm.forward` (and both once more in
+`decode_step`, a faster loop over the layers). Without an adapter this is the base model, and nothing here is trained.
 
 Shapes: B batch, T new tokens, S tokens attended to (cached and new), C width, H query heads, G key/value heads,
 D head width, N layers, V vocabulary, K prompt length.
@@ -23,7 +23,7 @@ from mmadapter.normalise import normalise
 
 if TYPE_CHECKING:
     from mmadapter.adapter import PromptKV, Prompts
-    from mmadapter.decode_step import DecodeStep
+    from mmadapter.decode_step import DecodeStep, Ready
 
 SHORT = 256  # keys up to which attention holds its scores in memory
 
@@ -93,6 +93,7 @@ class KVCache:
     """Keys and values of the tokens seen so far, in room set aside for `capacity` tokens.
 
     Rows share one length; shorter rows are padded before their last tokens, and the padding is masked (`Llama.hidden`).
+    Its number format may be wider than the model's (`Llama.new_cache`): what is stored is converted.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class KVCache:
         self.keys = torch.empty(shape, dtype=dtype, device=device)  # [N, B, G, capacity, D]
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
+        self.ready: tuple[Prompts | None, Ready | None] = (None, None)  # prompts as `decode_step` last laid them out
 
     @property
     def capacity(self) -> int:
@@ -348,7 +350,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.output = None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
-        self.decode_step: DecodeStep | None = None  # a faster loop over the layers, on a CPU (`packed`)
+        self.decode_step: DecodeStep | None = None  # a faster loop over the layers, on a CPU (`packed`, `quantised`)
 
     @classmethod
     def from_state_dict(cls, config: LlamaConfig, state: dict[str, Tensor]) -> Llama:
@@ -376,7 +378,7 @@ class Llama(nn.Module):
         return self.tok_embeddings.weight if self.output is None else self.output.weight
 
     def new_cache(self, batch: int, capacity: int, most: int | None = None) -> KVCache:
-        """An empty cache with room for `capacity` tokens a row.
+        """An empty cache with room for `capacity` tokens a row, in float32 where `DecodeStep.widens` says so.
 
         Args:
             batch: Rows.

@@ -1,8 +1,8 @@
 """The frozen base in 8 or 4 bits a weight, for inference on a CPU: weights stay packed in memory and are used as they
 are, by torch's own kernels.
 
-Decoding one text reads every weight once a token, so fewer bytes are fewer milliseconds. Activations, keys and values
-are bfloat16, the one number format in which these kernels are fast.
+Decoding one text reads every weight once a token, so fewer bytes are fewer milliseconds. Activations are
+bfloat16, the one number format in which these kernels are fast; of keys and values see `decode_step`.
 
 - int8: each output row is w = s * q, with q from -127 to 127.
 - int4: each group of 32 inputs of a row is w = s * (q - 8) + z, with q from 0 to 15. The smallest weight of a group has

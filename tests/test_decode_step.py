@@ -9,10 +9,16 @@ from torch import Tensor
 
 from mmadapter import decode_step
 from mmadapter.adapter import Prompts, select_prompts, stack_prompts
+from mmadapter.beam import beam_search
+from mmadapter.choices import log_likelihoods
+from mmadapter.continuous import RunningBatch
 from mmadapter.decode_step import HeadPrompts, attend_one
+from mmadapter.generate import generate
 from mmadapter.llama import Llama, attend
 from mmadapter.packed import can_pack, pack
-from mmadapter.sampling import longer
+from mmadapter.sampling import Sampling, longer
+from mmadapter.tokenizer import Tokenizer
+from mmadapter.vocabulary import Vocabulary
 
 ROWS, READ, WRITTEN = 3, 5, 4
 TUNED = "prompts+bias+scale+norm"
@@ -64,6 +70,20 @@ def written(llama: Llama, kind: str, rows: int = ROWS, padded: bool = False) -> 
             found.append(llama(tokens[:, place : place + 1], prompts=prompts, cache=cache, valid=valid))
         assert cache.length == READ + WRITTEN
         return torch.cat(found, dim=1)
+
+
+TOKENIZER = Tokenizer(
+    Vocabulary([f"<{index}>" for index in range(53)], [b"%d " % index for index in range(53)], {}, lambda text: []),
+    bos_id=None,
+    eos_id=None,
+    stop_ids=frozenset(),
+    adds_bos=False,
+)
+
+
+def tokens_of_one(llama: Llama, row: list[int], prompts: Prompts | None) -> str:
+    """What a row gives alone, its tokens as numbers."""
+    return generate(llama, TOKENIZER, [row], Sampling(max_new_tokens=6), prompts)[0].text
 
 
 def plainly_written(llama: Llama, *arguments: object, **options: object) -> Tensor:
@@ -150,8 +170,48 @@ def test_prompts_are_laid_out_once_for_a_text(monkeypatch: pytest.MonkeyPatch) -
     llama = packed_llama()
     with torch.inference_mode():
         prompts, cache = prompts_of(llama, "images"), llama.new_cache(ROWS, 9)
-        adapted = [layer for layer in prompts.layers if layer is not None]
+        adapted, base = [layer for layer in prompts.layers if layer is not None], llama.new_cache(ROWS, 9)
         for token in tiny.tokens(ROWS, 9).split(1, dim=1):
             llama(token, prompts=prompts, cache=cache)
-            llama(token, cache=llama.new_cache(ROWS, 1))  # the base between two steps changes nothing
+            llama(token, cache=base)  # another text, between two steps of this one
     assert [id(prompt) for prompt in laid_out] == [id(layer) for layer in adapted]
+
+
+TEXTS = [[3, 4, 5], [6, 7], [8, 9, 10, 11], [12]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_beams_and_likelihoods_are_those_of_a_plain_base(kind: str) -> None:
+    """Beams come from one row each, change places, and leave; endings of two tokens are read by one step."""
+    found = []
+    for llama in (tiny.llama(), packed_llama()):
+        with torch.inference_mode():
+            prompts = prompts_of(llama, kind, len(TEXTS))
+        beams = beam_search(llama, TEXTS, Sampling(max_new_tokens=7, beams=3), frozenset({1, 2, 13}), prompts)
+        scores = log_likelihoods(llama, TEXTS, [[[5, 6], [7], [8, 9]]] * len(TEXTS), prompts)
+        found.append((beams, torch.cat([score.total for score in scores])))
+    assert found[1][0] == found[0][0]
+    torch.testing.assert_close(found[1][1], found[0][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_join_and_leave_while_the_cache_changes_its_format(dtype: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setattr(decode_step, "FEW", 2)
+    llama = packed_llama(dtype=dtype)
+    with torch.inference_mode():
+        prompts = prompts_of(llama, "images", len(TEXTS))
+        own = [select_prompts(prompts, torch.tensor([row])) for row in range(len(TEXTS))]
+    expected = [tokens_of_one(llama, row, mine) for row, mine in zip(TEXTS, own, strict=True)]
+    batch, formats, texts = RunningBatch(llama, TOKENIZER), set(), {}
+    numbers = []
+    for row, mine in zip(TEXTS, own, strict=True):
+        numbers.append(batch.add(row, Sampling(max_new_tokens=6), mine))
+        for step in batch.step():
+            texts[step.row] = texts.get(step.row, "") + step.text
+        formats.add(batch._cache.keys.dtype)
+    while len(batch):
+        for step in batch.step():
+            texts[step.row] = texts.get(step.row, "") + step.text
+        formats |= {batch._cache.keys.dtype} if len(batch) else set()
+    assert [texts[number] for number in numbers] == expected
+    assert formats == {torch.float32, dtype}
