@@ -33,9 +33,9 @@ class HeadPrompts:
     """One layer's adaption prompts, head by head, in float32.
 
     Attributes:
-        key: k_p^T, [R * H, D, K].
+        key: k_p, [R * H, K, D].
         value: phi(g) v_p, [R * H, K, D].
-        bias: 0, or -inf where a row has no prompt, [R * H, 1, K]; None where all rows have all K.
+        bias: 0, or -inf where a row has no prompt, [R * H, K, 1]; None where all rows have all K.
         image: phi(g) times what each row's image adds to its values, [B, H, D]; None where `value` has it.
     """
 
@@ -62,22 +62,22 @@ class HeadPrompts:
             image = (gate * by_head(prompt.image)).squeeze(2)  # [B, H, D]
         bias = None
         if prompt.mask is not None:
-            bias = _bias(prompt.mask[:, None, None]).expand(R, H, 1, -1).flatten(0, 1)
-        key = by_head(prompt.key).transpose(2, 3).contiguous()
-        return cls(key.flatten(0, 1), (gate * value).flatten(0, 1), bias, image)
+            bias = _bias(prompt.mask[:, None, :, None]).expand(R, H, -1, 1).flatten(0, 1)
+        return cls(by_head(prompt.key).flatten(0, 1), (gate * value).flatten(0, 1), bias, image)
 
     def add(self, out: Tensor, q: Tensor) -> Tensor:
         """out + phi(g) * softmax(q k_p^T / sqrt(D)) v_p (Eq. 7), both float32 [B, H, D]; q as `attend_one` takes it."""
         B, H, D = q.shape
-        if len(self.key) == H:  # R = 1: the rows of a head stand together
-            seen = self._attend(out.transpose(0, 1), q.transpose(0, 1)).transpose(0, 1)
+        if B > 1 and len(self.key) == H:  # R = 1: the rows of a head stand together
+            seen = self._attend(out.transpose(0, 1), q.permute(1, 2, 0)).transpose(0, 1)
         else:
-            seen = self._attend(out.view(B * H, 1, D), q.reshape(B * H, 1, D)).view(B, H, D)
+            seen = self._attend(out.view(B * H, 1, D), q.reshape(B * H, D, 1)).view(B, H, D)
         return seen if self.image is None else seen + self.image
 
     def _attend(self, out: Tensor, q: Tensor) -> Tensor:
-        """Both [R * H, rows of a head, D]."""
-        return torch.baddbmm(out, _weights(q, self.key, self.bias), self.value)
+        """[R * H, rows of a head, D] and [R * H, D, rows of a head]; K so stands where a softmax is quick for few."""
+        weights = _softmax(self.key, q, self.bias, dim=1)  # [R * H, K, rows of a head]
+        return torch.baddbmm(out, weights.transpose(1, 2), self.value)
 
 
 def attend_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -98,12 +98,12 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         q, bias = q.view(B, G, -1, D).to(k.dtype), None if bias is None else bias.view(B, G, 1, S).to(k.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1).float().reshape(B, -1, D)
     q, k, v = q.reshape(B * G, -1, D), k.float().flatten(0, 1), v.float().flatten(0, 1)
-    return torch.bmm(_weights(q, k.transpose(1, 2), bias), v).view(B, -1, D)
+    return torch.bmm(_softmax(q, k.transpose(1, 2), bias, dim=2), v).view(B, -1, D)
 
 
-def _weights(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """softmax(q k + bias), [n, rows, D] and [n, D, S] -> [n, rows, S]."""
-    return torch.softmax(torch.bmm(q, k) if bias is None else torch.baddbmm(bias, q, k), dim=-1)
+def _softmax(a: Tensor, b: Tensor, bias: Tensor | None, dim: int) -> Tensor:
+    """softmax(a b + bias), [n, rows, D] and [n, D, columns] -> [n, rows, columns]."""
+    return torch.softmax(torch.bmm(a, b) if bias is None else torch.baddbmm(bias, a, b), dim=dim)
 
 
 def _bias(mask: Tensor) -> Tensor:
