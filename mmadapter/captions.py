@@ -40,7 +40,8 @@ def read_captions(
     Args:
         path: The annotation file.
         split: Keep this split only, None keeps all images. COCO annotations have none.
-        bare: Takes the images without captions, which are then left out; with None they are an error.
+        bare: Takes the images without captions, which are then left out; with None they are an error. With a list, a
+            caption that is no text is read as an empty one.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -57,9 +58,9 @@ def read_captions(
             f"{path} is neither COCO caption annotations nor a Karpathy dataset_*.json: it has no list of images"
         )
     if isinstance(content.get("annotations"), list):
-        captioned = _read_coco(path, images, content["annotations"])
+        captioned = _read_coco(path, images, content["annotations"], bare is not None)
     elif any("sentences" in image for image in images):
-        captioned = _read_karpathy(path, images)
+        captioned = _read_karpathy(path, images, bare is not None)
     else:
         raise ValueError(
             f"{path} has images but neither annotations (COCO) nor sentences (Karpathy): it holds no captions; "
@@ -201,7 +202,7 @@ def named(names: Sequence[str], noun: str, limit: int = 3) -> str:
     return f"{len(names)} {noun}{'s' if len(names) > 1 else ''} ({few})"
 
 
-def _read_coco(path: Path, images: list[dict], annotations: list[Any]) -> list[CaptionedImage]:
+def _read_coco(path: Path, images: list[dict], annotations: list[Any], lenient: bool) -> list[CaptionedImage]:
     captions: dict[int | str, list[str]] = {}
     for number, image in enumerate(images):
         captions[_field(path, image, "id", (int, str), f"images[{number}]")] = []
@@ -210,7 +211,7 @@ def _read_coco(path: Path, images: list[dict], annotations: list[Any]) -> list[C
         image_id = _field(path, annotation, "image_id", (int, str), where)
         if image_id not in captions:
             raise ValueError(f"{path}: {where} is for image id {image_id}, which is not among the {len(images)} images")
-        captions[image_id].append(_caption(path, annotation, "caption", where))
+        captions[image_id].append(_caption(path, annotation, "caption", where, lenient))
     return [
         CaptionedImage(
             image_id=image["id"],
@@ -222,7 +223,7 @@ def _read_coco(path: Path, images: list[dict], annotations: list[Any]) -> list[C
     ]
 
 
-def _read_karpathy(path: Path, images: list[dict]) -> list[CaptionedImage]:
+def _read_karpathy(path: Path, images: list[dict], lenient: bool) -> list[CaptionedImage]:
     captioned = []
     for number, image in enumerate(images):
         where = f"images[{number}]"
@@ -234,15 +235,19 @@ def _read_karpathy(path: Path, images: list[dict]) -> list[CaptionedImage]:
             CaptionedImage(
                 image_id=_field(path, image, "cocoid" if "cocoid" in image else "imgid", (int, str), where),
                 file_name=f"{image['filepath']}/{file_name}" if image.get("filepath") else file_name,
-                captions=tuple(_caption(path, sentence, "raw", f"{where}.sentences") for sentence in sentences),
+                captions=tuple(
+                    _caption(path, sentence, "raw", f"{where}.sentences", lenient) for sentence in sentences
+                ),
                 split=_field(path, image, "split", (str,), where),
             )
         )
     return captioned
 
 
-def _caption(path: Path, record: Any, key: str, where: str) -> str:
+def _caption(path: Path, record: Any, key: str, where: str, lenient: bool) -> str:
     """A sentence on one line: a stray line break within one would shift every later caption of a line-based tool."""
+    if lenient and not (isinstance(record, dict) and isinstance(record.get(key), str)):
+        return ""
     return " ".join(_field(path, record, key, (str,), where).split())
 
 

@@ -3,13 +3,15 @@
     torchrun ... distributed_run.py PLAN
 
 PLAN is JSON: `runs`, for each rank a list of command lines of training.alpaca, run one after the other; `records`, a
-folder for what each process saw in them; and perhaps `fail`, [rank, step], where an error is thrown in.
+folder for what each process saw in them; and perhaps `fail`, [rank, step], where an error is thrown in, or `nan`, where
+the loss is none.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import sys
 import time
@@ -50,7 +52,7 @@ def main() -> int:
     plan = json.loads(sys.argv[1])
     rank = int(os.environ["RANK"])
     records = Path(plan["records"])
-    train, step = Trainer.train, Trainer._step
+    train, step, loss_of = Trainer.train, Trainer._step, Trainer.loss_of
 
     def recorded_train(self: Trainer) -> float | None:
         result = train(self)
@@ -64,7 +66,11 @@ def main() -> int:
             raise OSError("the disk of a test is full")
         return step(self, *arguments)
 
-    Trainer.train, Trainer._step = recorded_train, failing_step
+    def broken_loss(self: Trainer, *arguments: object, **options: object) -> torch.Tensor:
+        found = loss_of(self, *arguments, **options)
+        return found * math.nan if plan.get("nan") == [rank, self.step] else found
+
+    Trainer.train, Trainer._step, Trainer.loss_of = recorded_train, failing_step, broken_loss
     runs = plan["runs"][rank % len(plan["runs"])]
     if len(runs) > 1:
         dist.init_process_group("gloo")  # one connection for all runs: torchrun's store knows of one alone

@@ -200,16 +200,38 @@ def test_a_missing_picture_is_named_and_may_be_skipped(world, tmp_path, capsys, 
     assert not any("4.png" in row.where for row in given.train_examples)
 
 
-def test_an_empty_caption_is_named_and_may_be_skipped(world, tmp_path, capsys, monkeypatch):
-    """It would be learnt as a full stop."""
+@pytest.mark.parametrize("sentence", [{"raw": " . "}, {"raw": None}, {"tokens": ["a", "dog"]}, "a dog"])
+def test_a_caption_that_is_none_is_named_and_may_be_skipped(world, tmp_path, capsys, monkeypatch, sentence):
+    """A full stop is all that would be learnt of an empty one."""
     data = write_karpathy(tmp_path / "data")
     content = json.loads((data / "dataset_tiny.json").read_text())
-    content["images"][2]["sentences"][3]["raw"] = " . "
+    content["images"][2]["sentences"][3] = sentence
     (data / "dataset_tiny.json").write_text(json.dumps(content))
     argv = command(world, data, tmp_path / "out")
     error = error_of(capsys, main, argv)
-    assert "error: 1 bad row: dataset_tiny.json, 2.png, caption 4: the caption is empty; mend them" in error
+    assert "error: 1 bad row: dataset_tiny.json, 2.png, caption 4: the caption is empty or no text; mend" in error
     assert len(given_to_engine(monkeypatch, main, [*argv, "--skip-bad-rows"]).train_examples) == 39
+
+
+def test_a_caption_of_cocos_that_is_none_is_named_and_may_be_skipped(world, tmp_path, capsys, monkeypatch):
+    data = write_coco(tmp_path / "data")
+    path = data / "annotations" / "captions_val2017.json"
+    content = json.loads(path.read_text())
+    content["annotations"][7]["caption"] = None
+    path.write_text(json.dumps(content))
+    argv = command(world, data, tmp_path / "out")
+    said = "1 bad row: captions_val2017.json, 000000000002.jpg, caption 3: the caption is empty or no text"
+    assert said in error_of(capsys, main, argv)
+    given = given_to_engine(monkeypatch, main, [*argv, "--skip-bad-rows"])
+    assert len([*given.train_examples, *given.validation_examples]) == 59
+
+
+def test_of_several_split_files_none_is_taken(world, tmp_path, capsys):
+    """Karpathy's archive holds those of three data sets."""
+    data = write_karpathy(tmp_path / "data")
+    (data / "dataset_coco.json").write_text((data / "dataset_tiny.json").read_text())
+    error = error_of(capsys, main, command(world, data, tmp_path / "out"))
+    assert f"error: {data} has 2 split files (dataset_coco.json, dataset_tiny.json); leave one of them there" in error
 
 
 @pytest.mark.parametrize(("split", "left"), [("train", 35), ("val", 40), ("test", None)])

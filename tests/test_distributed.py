@@ -286,6 +286,16 @@ def test_a_process_that_fails_in_a_step_ends_all(world, torchrun, tmp_path):
     assert not (tmp_path / "run" / "adapter.safetensors").exists()
 
 
+def test_a_loss_that_is_none_names_its_rows_whichever_process_has_them(world, torchrun, tmp_path):
+    """The first process speaks for all, and torchrun ends the one that knows the rows."""
+    plan = {"runs": [[world.argv(tmp_path / "run")]], "records": str(tmp_path), "nan": [1, 3]}
+    job = torchrun(*one_node(), SCRIPT, json.dumps(plan))
+    assert job.status() != 0
+    error = next(line for line in job.errors if line.startswith("error: process 0 of 2"))
+    assert re.search(r"the loss is nan at step 3 in a batch of (\S*/)?rows\.jsonl, line \d+", error), error
+    assert f"; the last good checkpoint is in {tmp_path / 'run'}; " in error
+
+
 def test_a_bad_row_on_one_machine_ends_both(world, torchrun, tmp_path):
     """The first machine waits for the second, which cannot read its data."""
     other = tmp_path / "other"

@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import tiny_session
 import torch
 from safetensors.torch import load_file
 from tiny_engine import config_of, different
@@ -287,6 +288,40 @@ def test_settings_that_cannot_be_are_refused_before_any_feature_is_computed(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_is_not_this_runs_is_refused_before_any_feature_is_computed(world, tmp_path, capsys, monkeypatch):
+    out, main = tmp_path / "out", SCRIPTS["scienceqa"].main
+    train(world, "scienceqa", out)
+    monkeypatch.setenv("MMADAPTER_CACHE", str(tmp_path / "cache"))
+    error = error_of(capsys, main, command(world, "scienceqa", out, "--lr", "1"))
+    assert "was made with another lr; choose another --out" in error
+    (checkpoint,) = out.glob("checkpoint-*.pt")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    error = error_of(capsys, main, command(world, "scienceqa", out))
+    assert f"{checkpoint} cannot be read" in error
+    assert error.endswith("; delete it to go on from an earlier one")
+    file = tmp_path / "file"
+    file.write_text("")
+    assert f"{file} is a file; choose a folder" in error_of(capsys, main, command(world, "scienceqa", file))
+    assert not list((tmp_path / "cache").rglob("features-*"))
+
+
+def test_what_is_more_often_an_oversight_is_noted(world, tmp_path, capsys):
+    """Rows with pictures under a run file of text, and a warm-up that a short run never leaves."""
+    data = tmp_path / "rows.jsonl"
+    picture = {"image": str(world / "photo.png")}
+    tiny_session.picture(0, 40, 30).save(world / "photo.png")
+    rows = [{"instruction": f"Say {n}.", "output": f"{n}.", **(picture if n % 3 == 0 else {})} for n in range(9)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = command(world, "alpaca", tmp_path / "out", "--dry-run", "--vision", "", "--warmup", "3", "--held-out", "2")
+    argv[argv.index("--data") + 1] = str(data)
+    assert alpaca.main(argv) == 0
+    notes = capsys.readouterr().err
+    assert "note: 3 rows have an image that is not looked at; an encoder looks at it: --vision eff" in notes
+    assert "note: the rates never reach their peak: 3 steps of warm-up in a run of 3; set a lower --warmup" in notes
+    assert alpaca.main(command(world, "alpaca", tmp_path / "out", "--dry-run")) == 0
+    assert "note:" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_missing_run_file_is_named(world, tmp_path, capsys, script):
     argv = ["--config", str(tmp_path / "absent.toml"), "--data", str(world)]
@@ -336,6 +371,7 @@ def test_a_run_that_is_asked_to_stop_says_how_to_go_on(world, tmp_path, capsys, 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", signalled)
         assert alpaca.main(command(world, "alpaca", out, *steps)) == status
+    assert all((out / name).stat().st_size > 5000 for name in ("loss.png", "gates.png"))
     (checkpoint,) = out.glob("checkpoint-*.pt")
     step = torch.load(checkpoint, weights_only=True)["step"]
     assert f"stopped at step {step} of 5; the same command goes on from there" in capsys.readouterr().out

@@ -10,6 +10,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -421,6 +422,40 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path, changes):
     trainer(tmp_path, **settings).train()
     with pytest.raises(ValueError, match=r"checkpoint-000002\.pt was made with other data; choose another --out"):
         trainer(tmp_path, **{**settings, **changes}).train()
+
+
+def test_other_rows_of_the_same_files_are_refused(tmp_path):
+    """A picture that came or went, or --skip-bad-rows, changes the rows, and perhaps no number of steps."""
+    first = trainer(tmp_path, train=rows(40))
+    first.train()
+    checkpoint = checkpoints(tmp_path)[-1]
+    fewer, other = rows(40)[:-1], [*rows(40)[:-1], replace(rows(40)[-1], image=0)]
+    for changed in (fewer, other):
+        with pytest.raises(ValueError, match=r"was made with other rows of the same files: .*; choose another --out"):
+            trainer(tmp_path, train=changed).train()
+    # A checkpoint that does not say its rows, as they did not at first, is taken as before.
+    state = torch.load(checkpoint, weights_only=True)
+    assert state.pop("rows_hash") == first.rows_hash
+    torch.save(state, checkpoint)
+    trainer(tmp_path, train=other).train()
+
+
+def test_a_second_run_in_a_folder_waits_for_the_first(tmp_path):
+    """Both would write one log and remove each other's checkpoints."""
+    first = trainer(tmp_path)
+    step, said = first._step, []
+
+    def meanwhile(*arguments):
+        if not said:
+            with pytest.raises(ValueError, match="another process trains in ") as raised:
+                trainer(tmp_path).train()
+            said.append(str(raised.value))
+        return step(*arguments)
+
+    first._step = meanwhile
+    first.train()
+    assert said == [f"another process trains in {tmp_path}; wait until it ends, or choose another --out"]
+    trainer(tmp_path).train()  # the first has ended
 
 
 @pytest.mark.parametrize(

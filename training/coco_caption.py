@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmadapter.captions import CaptionedImage, read_captions
+from mmadapter.captions import CaptionedImage, named, read_captions
 from mmadapter.prompts import CAPTION_INSTRUCTION, template
 from mmadapter.rows import BadRow, Row
 from training.config import RunConfig
@@ -44,13 +44,18 @@ def read_data(
 
     Raises:
         FileNotFoundError: The folder or its annotations are not there.
-        ValueError: The annotations cannot be read, or leave too few images to train on (2) or to validate on (1).
+        ValueError: There is more than one `dataset_*.json`, or the annotations cannot be read, or leave too few images
+            to train on (2) or to validate on (1).
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no data folder {folder}; give the one that holds the annotations and the pictures")
     karpathy = sorted(folder.glob("dataset_*.json"))
+    if len(karpathy) > 1:
+        raise ValueError(
+            f"{folder} has {named([file.name for file in karpathy], 'split file')}; leave one of them there"
+        )
     if karpathy:
-        path = karpathy[0]
+        (path,) = karpathy
         images = read_captions(path, bare=bare)
         train = [image for image in images if image.split in ("train", "restval")]
         validation = [image for image in images if image.split == "val"]
@@ -89,7 +94,7 @@ def caption_rows(
             if path is None:
                 bad.append(BadRow(where, f"picture {image.file_name} is neither in {folder} nor in a folder in it"))
             elif not caption_text(caption).strip("."):
-                bad.append(BadRow(where, "the caption is empty"))
+                bad.append(BadRow(where, "the caption is empty or no text"))
                 continue
             rows.append(Row(prompt, caption_text(caption), path, where))
     return rows, bad

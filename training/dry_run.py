@@ -47,11 +47,19 @@ def _trial(trainer: Trainer) -> float:
     longest = list(itertools.islice(itertools.cycle(by_length), trainer.config.batch_size))  # as of few rows in a step
     typical = [trainer.train_examples[row] for row in trainer.order.step(0)]
     for rows in (longest, typical):
+        _finish(trainer.model.llama.device)
         started = time.perf_counter()
         trainer.accumulate(rows)
+        _finish(trainer.model.llama.device)
         seconds = time.perf_counter() - started
     trainer.optimizer.zero_grad(set_to_none=True)
     return seconds
+
+
+def _finish(device: torch.device) -> None:
+    """Waits for what a GPU is still at."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _peak_bytes(device: torch.device) -> int:

@@ -28,7 +28,7 @@ from mmadapter.data import Example, RowOrder, collate, passes, seed_of
 from mmadapter.model import AdaptedLlama, target_count
 from mmadapter.record import replacing
 from training.config import RunConfig
-from training.processes import Processes, noted_signals
+from training.processes import Processes, alone_in, noted_signals
 
 Features = Callable[[Tensor, torch.Generator | None], Tensor]  # rows [B] (and a generator in training) -> [B, F]
 
@@ -92,7 +92,10 @@ class Trainer:
     ) -> None:
         self.processes = processes or Processes()
         if not train or not validation:
-            raise ValueError(f"there are {len(train)} rows to train on and {len(validation)} to validate on; give some")
+            raise ValueError(
+                f"there are {len(train)} rows to train on and {len(validation)} to validate on; give more, "
+                "or keep fewer of them aside with --held-out"
+            )
         if config.batch_size % self.processes.count:
             raise ValueError(
                 f"{self.processes.count} processes do not divide batch_size {config.batch_size}; change --batch-size"
@@ -102,6 +105,7 @@ class Trainer:
         taken = min(config.validation_rows, len(validation))
         self.validation_examples = [validation[i * len(validation) // taken] for i in range(taken)]
         self.features, self.record = features, record or {}
+        self.rows_hash = _digest([*train, *self.validation_examples])
         self.steps, self.warmup = config.schedule(len(train))
         self.order = RowOrder([len(row.tokens) for row in train], config.batch_size, config.seed, config.pool)
         self.optimizer = make_optimizer(self.adapter, config)
@@ -112,7 +116,7 @@ class Trainer:
         if self.processes.count > 1:
             settings = dataclasses.asdict(config) | {"device": ""}  # the one setting that machines may differ in
             self.processes.require_same("settings", settings)
-            self.processes.require_same("rows", _digest([*train, *self.validation_examples]))
+            self.processes.require_same("rows", self.rows_hash)
             # Only the adapter's gradients are exchanged: the frozen base is the same everywhere, or sharded.
             model.adapter = DistributedDataParallel(self.adapter)
             model.adapter.broadcast_buffers = False  # as an argument, newer versions of torch warn of it
@@ -124,11 +128,12 @@ class Trainer:
 
         Raises:
             FloatingPointError: Loss or gradient is not finite; the last good checkpoint stays.
-            ValueError: The folder's checkpoint is of another run or damaged.
+            ValueError: The folder's checkpoint is of another run or damaged, or another process trains in the folder.
         """
-        self._resume()
-        with noted_signals() as asked:
-            return self._train(asked)
+        with alone_in(self.folder) if self.processes.is_first else nullcontext():
+            self._resume()
+            with noted_signals() as asked:
+                return self._train(asked)
 
     def _train(self, asked: dict[str, signal.Signals]) -> float | None:
         settings = dataclasses.asdict(self.config)
@@ -177,7 +182,7 @@ class Trainer:
     def shipped_state(self) -> tuple[int, dict[str, Tensor]]:
         """Step and state dict of the weights that become the adapter: the last, or those of the best validation."""
         if self.config.ship == "best":
-            state = _load(self.folder / "best.pt")
+            state = _load(self.folder / "best.pt", "take the last weights with --ship last")
             return state["step"], state["adapter"]
         return self.step, self.kept_state()
 
@@ -259,9 +264,15 @@ class Trainer:
         return called.no_sync() if isinstance(called, DistributedDataParallel) else nullcontext()
 
     def _refuse(self, name: str, value: float, rows: Sequence[Example]) -> None:
-        named = [row.where for row in rows if row.where]
+        """Raises in all processes alike, whichever of them had the bad rows or sees the folder.
+
+        Args:
+            rows: Those of this process that it came from.
+        """
+        everywhere = self.processes.of_all([row.where for row in rows if row.where])
+        named = list(dict.fromkeys(where for places in everywhere for where in places))
         batch = f" in a batch of {', '.join(named[:3])}{', ...' if len(named) > 3 else ''}" if named else ""
-        saved = any(self.folder.glob("checkpoint-*.pt"))
+        saved = self.processes.of_first(any(self.folder.glob("checkpoint-*.pt")))
         kept = f"the last good checkpoint is in {self.folder}" if saved else "there is no checkpoint yet"
         raise FloatingPointError(
             f"the {name} is {value} at step {self.step}{batch}; {kept}; "
@@ -321,6 +332,7 @@ class Trainer:
             "best": self.best,
             "config": dataclasses.asdict(self.config),
             "data_hash": self.record.get("data_hash"),
+            "rows_hash": self.rows_hash,
             "adapter": self.adapter.state_dict(),
             "mean": self.mean,
             "optimizer": self.optimizer.state_dict(),
@@ -343,17 +355,38 @@ class Trainer:
         self.mean = {name: tensor.to(self.model.llama.device) for name, tensor in state["mean"].items()}
         self.step, self.best = state["step"], state["best"]
 
+    def require_own_folder(self) -> None:
+        """Refuses a folder whose content `train` would refuse, and changes nothing in it.
+
+        Raises:
+            ValueError: It is a file, or its checkpoint is of another run or damaged.
+        """
+        if self.processes.is_first:
+            self._checkpoint()
+
     def _latest(self) -> dict | None:
         """The latest checkpoint of the folder, which is made ready to go on from there; None if there is none."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        state = self._checkpoint()
         for left in self.folder.glob("*.tmp"):
             left.unlink()  # of a process that was killed while it wrote
+        log = self.folder / "log.jsonl"
+        if state is None:
+            log.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+            return None
+        _cut_log(log, state["step"])
+        for old in checkpoints(self.folder)[: -self.config.keep]:
+            old.unlink()  # left by a process that was killed before it could
+        return state
+
+    def _checkpoint(self) -> dict | None:
+        """The latest checkpoint of the folder, None if there is none."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is a file; choose a folder with --out")
         found = checkpoints(self.folder)
         if not found:
-            (self.folder / "log.jsonl").unlink(missing_ok=True)  # of a run that was killed before its first one
             return None
         path = found[-1]
-        state = _load(path)
+        state = _load(path, "delete it to go on from an earlier one")
         settings = dataclasses.asdict(self.config)
         kept = dataclasses.asdict(RunConfig()) | state["config"]  # a setting that came later was at its default
         changed = [key for key in settings if key not in FREE and settings[key] != kept[key]]
@@ -363,9 +396,11 @@ class Trainer:
             )
         if state["data_hash"] != self.record.get("data_hash") or state["steps"] != self.steps:
             raise ValueError(f"{path} was made with other data; choose another --out, or the data it has")
-        _cut_log(self.folder / "log.jsonl", state["step"])
-        for old in found[: -self.config.keep]:
-            old.unlink()  # left by a process that was killed before it could
+        if state.get("rows_hash", self.rows_hash) != self.rows_hash:  # checkpoints had none at first
+            raise ValueError(
+                f"{path} was made with other rows of the same files: pictures that were not there then, or that are "
+                "gone, or bad rows mended or skipped; choose another --out, or the rows it has"
+            )
         return state
 
 
@@ -376,15 +411,15 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def _digest(rows: Sequence[Example]) -> int:
     """A number that tells rows apart, the same in every process: Python hashes numbers alike everywhere."""
-    return hash(tuple((row.tokens, row.prompt_tokens, row.image is not None) for row in rows))
+    return hash(tuple((row.tokens, row.prompt_tokens, -1 if row.image is None else row.image) for row in rows))
 
 
-def _load(path: Path) -> dict:
+def _load(path: Path, advice: str) -> dict:
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} cannot be read ({reason}); delete it to go on from an earlier one") from error
+        raise ValueError(f"{path} cannot be read ({reason}); {advice}") from error
 
 
 def _cut_log(path: Path, step: int) -> None:

@@ -224,18 +224,26 @@ def _train(
         record=facts,
         processes=processes,
     )
-    if encoder is not None and arguments.dry_run:
-        blank = torch.zeros(1, sum(encoder.widths))
-        trainer.features = lambda rows, generator: blank.expand(len(rows), -1)  # nothing is learnt from it
-    elif encoder is not None:
-        trainer.features = _features(encoder, pictures, sides, config, processes, projection)
+    if processes.is_first:
+        _note_what_is_odd(trainer, sides)
     if arguments.dry_run:
+        if encoder is not None:
+            blank = torch.zeros(1, sum(encoder.widths))
+            trainer.features = lambda rows, generator: blank.expand(len(rows), -1)  # nothing is learnt from it
         found = describe(trainer)  # by all: the steps that it tries are taken together
         if processes.is_first:
             print(found)
         return 0
+    trainer.require_own_folder()
+    if encoder is not None:
+        trainer.features = _features(encoder, pictures, sides, config, processes, projection)
     started = time.perf_counter()
-    loss = trainer.train()
+    try:
+        loss = trainer.train()
+    except FloatingPointError:  # where the curves say most
+        _draw(trainer)
+        raise
+    _draw(trainer)
     if loss is None:
         if processes.is_first:
             print(f"stopped at step {trainer.step} of {trainer.steps}; the same command goes on from there")
@@ -245,6 +253,23 @@ def _train(
         _finish(trainer, data, base, encoder, facts, loss, time.perf_counter() - started)
     processes.wait()
     return 0
+
+
+def _note_what_is_odd(trainer: Trainer, sides: Sequence[Sequence[Row]]) -> None:
+    """Says on standard error what may be meant, and is more often an oversight."""
+    unseen = sum(row.image is not None for side in sides for row in side)
+    if unseen and not trainer.config.vision:
+        print(
+            f"note: {unseen} rows have an image that is not looked at; an encoder looks at it: "
+            "--vision efficientnet-lite2",
+            file=sys.stderr,
+        )
+    if trainer.warmup >= trainer.steps:
+        print(
+            f"note: the rates never reach their peak: {trainer.warmup} steps of warm-up in a run of {trainer.steps}; "
+            "set a lower --warmup, or more --epochs",
+            file=sys.stderr,
+        )
 
 
 def _pictures(rows: Sequence[Row]) -> dict[Path, int]:
@@ -286,7 +311,8 @@ def _features(
     other = [path for path in paths if path not in trained]
     if len(learnt) < 2:
         raise ValueError(
-            f"an image encoder takes two or more pictures to train on, got {len(learnt)}; give more, or no --vision"
+            f"an image encoder takes two or more pictures to train on, got {len(learnt)}; give more, or leave the "
+            "encoder out: --vision ''"
         )
 
     def table() -> Tensor:
@@ -319,6 +345,16 @@ def feature_source(table: Tensor) -> Features:
     return lookup
 
 
+def _draw(trainer: Trainer) -> None:
+    """Plots of what the log has so far."""
+    from training.plots import draw_gates, draw_loss
+
+    if trainer.processes.is_first:
+        log = trainer.folder / "log.jsonl"
+        draw_loss(log, log.with_name("loss.png"))
+        draw_gates(log, log.with_name("gates.png"))
+
+
 def _finish(
     trainer: Trainer,
     data: Data,
@@ -328,8 +364,6 @@ def _finish(
     loss: float,
     seconds: float,
 ) -> None:
-    from training.plots import draw_gates, draw_loss
-
     config, out = trainer.config, trainer.folder
     step, state = trainer.shipped_state()
     if config.ship == "best":
@@ -355,7 +389,5 @@ def _finish(
         git_commit=facts["git_commit"] or "",
     )
     save_adapter(out / FILE_NAME, state, about)
-    draw_loss(out / "log.jsonl", out / "loss.png")
-    draw_gates(out / "log.jsonl", out / "gates.png")
     print(f"validation loss {loss:.4f} at step {step}, {seconds / 60:.1f} minutes; adapter in {out / FILE_NAME}")
     sys.stdout.flush()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
@@ -68,14 +69,16 @@ class Processes:
             dist.broadcast_object_list(held, src=0, group=self.group)
         return held[0]
 
+    def of_all(self, value: T) -> list[T]:
+        """The value that each process gives, in their order."""
+        held = [value] * self.count
+        if self.count > 1:
+            dist.all_gather_object(held, value, group=self.group)
+        return held
+
     def once_a_machine(self, make: Callable[[], T]) -> T:
         """What `make` gives in the first process of this machine; it is called in no other."""
-        made = make() if self.local_rank == 0 else None
-        if self.count == 1:
-            return made
-        everywhere = [None] * self.count
-        dist.all_gather_object(everywhere, made, group=self.group)
-        return everywhere[self.rank - self.local_rank]
+        return self.of_all(make() if self.local_rank == 0 else None)[self.rank - self.local_rank]
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
@@ -96,10 +99,7 @@ class Processes:
         Raises:
             ValueError: They differ.
         """
-        if self.count == 1:
-            return
-        hashes = [""] * self.count
-        dist.all_gather_object(hashes, hashlib.sha256(repr(value).encode()).hexdigest(), group=self.group)
+        hashes = self.of_all(hashlib.sha256(repr(value).encode()).hexdigest())
         other = [rank for rank, found in enumerate(hashes) if found != hashes[0]]
         if other:
             raise ValueError(
@@ -205,6 +205,31 @@ def noted_signals() -> Iterator[dict[str, signal.Signals]]:
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Makes a folder, and keeps other runs out of it for as long as this process lives and is inside.
+
+    Raises:
+        ValueError: Another process is at work there.
+    """
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process trains in {folder}; wait until it ends, or choose another --out"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(held)
 
 
 def _device(name: str, local_rank: int, local_count: int) -> torch.device:
