@@ -102,6 +102,8 @@ def run(args: argparse.Namespace, command: str) -> int:
     for path, option in ((args.data, "--data FILE"), (args.images, "--images DIR")):
         if path is not None and not path.exists():
             raise FileNotFoundError(f"there is no {path}; give one that is with {option}")
+    if args.plots is not None and args.plots.exists() and not args.plots.is_dir():
+        raise ValueError(f"{args.plots} is a file; give a folder with --plots DIR")
     import torch
 
     from eval.speed_base import Base, machine
@@ -113,17 +115,11 @@ def run(args: argparse.Namespace, command: str) -> int:
     base = Base(setting)
     found: list[Case] = []
     skipped: dict[str, str] = {}
-    for name in args.only or CASES:
-        why_not = reason_to_skip(name, setting)
-        if why_not is not None:
-            skipped[name] = why_not
-            print(f"{name}: left out: {why_not}\n", flush=True)
-            continue
-        note(f"{name} ...")
-        for case in measurement(name)(setting, base):
-            found.append(case)
-            print(table(case), end="\n\n", flush=True)
-    if args.json is not None:
+
+    def keep() -> None:
+        """Writes what is measured so far: a case that fails takes nothing with it."""
+        if args.json is None:
+            return
         content = {
             "task": "speed",
             "version": TASK_VERSION,
@@ -136,6 +132,18 @@ def run(args: argparse.Namespace, command: str) -> int:
             "seconds": round(time.monotonic() - started, 1),
         }
         write_json(args.json, content)
+
+    for name in args.only or CASES:
+        why_not = reason_to_skip(name, setting)
+        if why_not is not None:
+            skipped[name] = why_not
+            print(f"{name}: left out: {why_not}\n", flush=True)
+        else:
+            note(f"{name} ...")
+            for case in measurement(name)(setting, base):
+                found.append(case)
+                print(table(case), end="\n\n", flush=True)
+        keep()
     return 0
 
 

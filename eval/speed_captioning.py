@@ -46,16 +46,7 @@ def captioning(setting: Setting, base: Base) -> list[Case]:
         pictures = gather_pictures(Path(setting.images) if setting.images else PICTURES, BATCH, Path(folder))
 
         def caption(count: int, batch_size: int, watched: bool = False) -> tuple[Timed, dict[str, float]]:
-            # A session of its own each time: one that has seen the pictures would not encode them again.
-            session = Session(
-                alone.llama,
-                alone.tokenizer,
-                spec=setting.llama,
-                vision=setting.vision,
-                prompt_length=setting.prompt_length,
-                gate=setting.gate,
-            )
-            session.adapter(name)
+            session = _fresh(setting, alone, name)
             seconds = dict.fromkeys(STAGES, 0.0)
             with watching(session, seconds) if watched else contextlib.nullcontext():
                 found = caption_to_file(session, pictures[:count], Path(folder) / "captions.jsonl", batch_size)
@@ -81,6 +72,20 @@ def captioning(setting: Setting, base: Base) -> list[Case]:
     facts |= {"dtype": dtype, "adapter": name, "beams": settings.beams, "pictures": BATCH, "one at a time, of": SINGLE}
     title = f"{BATCH} pictures from files to JSON lines against {SINGLE} one at a time, {settings.beams} beams, {dtype}"
     return [Case("captions", title, samples, [Comparison(many, one, QUANTITY, 6.0)], {}, facts, notes)]
+
+
+def _fresh(setting: Setting, base: Session, adapter: str) -> Session:
+    """A session on the same base that has seen no picture: one that has would not encode it again."""
+    session = Session(
+        base.llama,
+        base.tokenizer,
+        spec=setting.llama,
+        vision=setting.vision,
+        prompt_length=setting.prompt_length,
+        gate=setting.gate,
+    )
+    session.adapter(adapter)
+    return session
 
 
 def gather_pictures(source: Path, count: int, folder: Path) -> list[str]:
@@ -176,7 +181,7 @@ def questions(setting: Setting, base: Base) -> list[Case]:
     samples: list[Sample] = []
     with tempfile.TemporaryDirectory() as folder:
         pictures = gather_pictures(Path(setting.images) if setting.images else PICTURES, setting.rounds, Path(folder))
-        session = base.answering(dtype).with_adapter(name)
+        session = _fresh(setting, base.answering(dtype), name)
         session.answer(load_image(pictures[0]).rotate(90), QUESTIONS[0], max_new_tokens=ANSWER_TOKENS, beams=1)  # warm
         for number, picture in enumerate(pictures):
             times, encoded = ask_all(session, picture)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 FEW = 16  # rows up to which the number of kernels counts more than what they compute
 NARROW = 1024  # width of a base up to which it does
-KEYS = 4096  # of all rows together, from which on making float32 of them costs more than it saves
+KEYS = 3 * 2**18  # numbers in the keys of all rows, from which on making float32 of them costs more than it saves
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class HeadPrompts:
     Attributes:
         key: k_p, [R * H, K, D].
         value: phi(g) v_p, [R * H, K, D].
-        bias: 0, or -inf where a row has no prompt, [R * H, K, 1]; None where all rows have all K.
+        bias: 0, or -inf where a row has no prompt, [R * H, 1, K]; None where all rows have all K, as where R = 1.
         image: phi(g) times what each row's image adds to its values, [B, H, D]; None where `value` has it.
     """
 
@@ -62,28 +62,25 @@ class HeadPrompts:
             image = (gate * by_head(prompt.image)).squeeze(2)  # [B, H, D]
         bias = None
         if prompt.mask is not None:
-            bias = _bias(prompt.mask[:, None, :, None]).expand(R, H, -1, 1).flatten(0, 1)
+            bias = _bias(prompt.mask[:, None, None]).expand(R, H, 1, -1).flatten(0, 1)
         return cls(by_head(prompt.key).flatten(0, 1), (gate * value).flatten(0, 1), bias, image)
 
     def add(self, out: Tensor, q: Tensor) -> Tensor:
         """out + phi(g) * softmax(q k_p^T / sqrt(D)) v_p (Eq. 7), both float32 [B, H, D]; q as `attend_one` takes it."""
         B, H, D = q.shape
-        if B > 1 and len(self.key) == H:  # R = 1: the rows of a head stand together
-            seen = self._attend(out.transpose(0, 1), q.permute(1, 2, 0)).transpose(0, 1)
+        if B > 1 and len(self.key) == H:  # R = 1: the rows of a head stand together, and K where a softmax is quick
+            weights = _softmax(self.key, q.permute(1, 2, 0), None, dim=1).transpose(1, 2)  # [H, B, K]
+            seen = torch.baddbmm(out.transpose(0, 1), weights, self.value).transpose(0, 1)
         else:
-            seen = self._attend(out.view(B * H, 1, D), q.reshape(B * H, D, 1)).view(B, H, D)
+            weights = _softmax(q.reshape(B * H, 1, D), self.key.transpose(1, 2), self.bias, dim=2)  # [B * H, 1, K]
+            seen = torch.baddbmm(out.view(B * H, 1, D), weights, self.value).view(B, H, D)
         return seen if self.image is None else seen + self.image
-
-    def _attend(self, out: Tensor, q: Tensor) -> Tensor:
-        """[R * H, rows of a head, D] and [R * H, D, rows of a head]; K so stands where a softmax is quick for few."""
-        weights = _softmax(self.key, q, self.bias, dim=1)  # [R * H, K, rows of a head]
-        return torch.baddbmm(out, weights.transpose(1, 2), self.value)
 
 
 def attend_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """`llama.attend` for one query a row: the queries of a group are rows of one head, so that no key is repeated.
 
-    Of more than `KEYS` keys in bfloat16 it is torch's kernel in that format, which rounds the queries, too.
+    Of keys of more than `KEYS` numbers in bfloat16 it is torch's kernel in that format, which rounds the queries, too.
 
     Args:
         q: Rotated queries divided by sqrt(D), float32 [B, H, D].
@@ -94,7 +91,7 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         float32 [B, H, D].
     """
     B, G, S, D = k.shape
-    if k.dtype != torch.float32 and B * S > KEYS:
+    if k.dtype != torch.float32 and k.numel() > KEYS:
         q, bias = q.view(B, G, -1, D).to(k.dtype), None if bias is None else bias.view(B, G, 1, S).to(k.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1).float().reshape(B, -1, D)
     q, k, v = q.reshape(B * G, -1, D), k.float().flatten(0, 1), v.float().flatten(0, 1)

@@ -37,6 +37,7 @@ BITS = {"int8": 8, "int4": 4}
 ACTIVATIONS = torch.bfloat16
 GROUP = 32  # inputs that share a scale and a zero in int4
 OUTPUTS = 16  # the int4 kernel takes multiples of so many outputs
+LANES = 16  # inputs that the int8 kernel takes at a time: of another number it reads past a row's end
 MANY = 64  # rows from which turning an int8 weight into bfloat16 and multiplying is faster than the int8 kernel
 
 
@@ -115,7 +116,7 @@ class QuantisedLinear(FrozenLinear):
         rows = x.reshape(-1, self.in_features).contiguous()  # [n, I]
         if self.bits == 4:
             y = torch._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, self.scales)  # [n, O]
-        elif len(rows) < MANY:
+        elif len(rows) < MANY and self.in_features % LANES == 0:
             y = torch._weight_int8pack_mm(rows, self.packed, self.scales)
         else:
             y = F.linear(rows, self.packed.to(rows.dtype)) * self.scales  # -127 to 127 are exact in bfloat16

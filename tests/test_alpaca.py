@@ -279,7 +279,7 @@ def test_a_picture_that_cannot_be_read_makes_its_rows_bad(world, questions, tmp_
     ("rows", "message"),
     [
         (QUESTIONS[:1] + alpaca_rows(6), "an image encoder takes two or more pictures to train on, got"),
-        (alpaca_rows(6), "got 0; give more, or no --vision"),
+        (alpaca_rows(6), "got 0; give more, or leave the encoder out: --vision ''"),
         (QUESTIONS[:1] + QUESTIONS[6:7], "there are 0 rows to train on and 2 to validate on"),
     ],
 )

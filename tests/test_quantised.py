@@ -208,6 +208,16 @@ def test_training_on_a_packed_base_is_refused():
         AdaptedLlama(model, adapter)(small.tokens(1, 5, vocab_size=48), torch.ones(1, 5, dtype=torch.long))
 
 
+@pytest.mark.parametrize("inputs", [16, 20, 24, 40, 50])
+@pytest.mark.parametrize("rows", [1, 4, 70])
+def test_int8_takes_any_number_of_inputs(inputs, rows):
+    """Of a number that is no multiple of 16 the kernel reads what lies behind a row, or ends the process."""
+    generator = torch.Generator().manual_seed(inputs)
+    weight, x = (torch.randn(n, inputs, generator=generator) for n in (9, rows))
+    found = QuantisedLinear(weight, 8)(x.bfloat16())
+    torch.testing.assert_close(found.float(), x.bfloat16().float() @ row_values(weight).T, atol=0.1, rtol=0.02)
+
+
 def test_errors(monkeypatch):
     with pytest.raises(ValueError, match=r"multiples of 32 .*48 inputs and 16 outputs; choose dtype int8"):
         QuantisedLinear(torch.ones(16, 48), 4)
