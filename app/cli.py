@@ -133,13 +133,16 @@ def offered_adapters(session: Session, wanted: str | None, vision: str | None = 
         session: Gives the base that they must fit.
         wanted: As `--adapter`: a name or path that comes first, "none" for the base model alone, None for no wish.
         vision: As `--vision`: an encoder in place of the adapters' own; those trained on another are left out.
+
+    Raises:
+        ValueError: An encoder was named that no adapter was trained on.
     """
     from mmadapter.checkpoint import FILE_NAME, SHIPPED, read_about
     from mmadapter.weights.store import cache_folder
 
     if wanted == "none":
         return []
-    names = [] if wanted is None else [wanted]
+    names, seeing = [] if wanted is None else [wanted], 0
     taken = set() if wanted is None else {Path(wanted).name, Path(wanted).stem, Path(wanted).parent.name}
     found = [entry for folder in (SHIPPED, cache_folder() / "adapters") for entry in folder.glob(f"*/{FILE_NAME}")]
     places = {path.parent.name: path for path in reversed(found)}  # of two of a name the shipped one is loaded
@@ -149,6 +152,11 @@ def offered_adapters(session: Session, wanted: str | None, vision: str | None = 
         sees_otherwise = None not in (vision, about.vision) and vision != about.vision.encoder
         if name not in taken and fits and not sees_otherwise:
             names.append(name)
+            seeing += about.vision is not None
+    if vision is not None and wanted is None and not seeing:
+        raise ValueError(
+            f"no adapter here was trained on the images of {vision!r}; leave --vision out, or give an adapter too"
+        )
     return names
 
 

@@ -30,8 +30,12 @@ class Log:
         self._lock = threading.Lock()
         self._told = False  # that the file can no longer be written
         if path is not None:
-            with open(path, "a", encoding="utf-8"):
-                pass  # what cannot be written is told at the start
+            try:  # what cannot be written is told at the start
+                open(path, "a", encoding="utf-8").close()
+            except OSError as error:
+                raise OSError(
+                    f"cannot keep the log in {path} ({error.strerror}); give a file that can be written"
+                ) from error
 
     def write(self, event: str, *, level: str = "info", **fields: object) -> None:
         """Appends an event; `fields` are plain values."""

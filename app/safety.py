@@ -130,7 +130,7 @@ class Credentials:
     def _known(self, header: str) -> bool:
         scheme, _, value = header.partition(" ")
         if scheme.lower() == "bearer":
-            return secrets.compare_digest(value.strip().encode("latin-1"), self.password)  # as headers are decoded
+            return secrets.compare_digest(value.strip(" \t").encode("latin-1"), self.password)  # as headers are decoded
         if scheme.lower() != "basic":
             return False
         try:

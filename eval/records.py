@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmadapter.record import file_sha256, git_commit, replacing, write_json
+from mmadapter.record import file_sha256, git_commit, replacing, require_place, write_json
 
 if TYPE_CHECKING:
     from eval.kept import Made
@@ -236,12 +236,13 @@ def prepare_outputs(*paths: Path | None) -> None:
     """Makes the folders of the files that a command will write: better now than after an hour of work.
 
     Raises:
-        ValueError: A path is a folder.
+        ValueError: A path is a folder, or nothing can be written there.
     """
     for path in paths:
         if path is not None:
             if path.is_dir():
                 raise ValueError(f"{path} is a folder; give a file name")
+            require_place(path)
             path.parent.mkdir(parents=True, exist_ok=True)
 
 

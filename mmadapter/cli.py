@@ -175,7 +175,7 @@ def run_answer(arguments: argparse.Namespace) -> int:
 def run_chat(arguments: argparse.Namespace) -> int:
     from mmadapter.image import load_image
 
-    image = load_image(arguments.image) if arguments.image else None
+    image = load_image(arguments.image) if arguments.image is not None else None
     session = _session(arguments, "caption" if image else None)
     messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
     if arguments.prompt is not None:

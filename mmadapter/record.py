@@ -40,13 +40,35 @@ def file_sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`: at the end it takes the place of `path`, after an error it is gone."""
+    """A temporary file beside `path`: at the end it takes the place of `path`, after an error it is gone.
+
+    Behind a link it is the linked file that is replaced, and what is no file, such as a pipe, is written to itself.
+    """
+    path = Path(os.path.realpath(path)) if path.is_symlink() and path.is_file() else path
+    if path.exists() and not path.is_file():
+        yield path
+        return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def require_place(path: Path) -> None:
+    """Refuses a path where nothing can be written, before the work whose result it shall hold.
+
+    Raises:
+        ValueError: What stands there, or the folder that it would lie in, cannot be written to.
+    """
+    place = path
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if place != path and not place.is_dir():
+        raise ValueError(f"cannot write {path}: {place} is no folder; give another path")
+    if not os.access(place, os.W_OK):
+        raise ValueError(f"cannot write {path}: no permission to write to {place}; give another path")
 
 
 def write_json(path: Path, content: object) -> None:

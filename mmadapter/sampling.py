@@ -18,6 +18,7 @@ from torch import Tensor
 from mmadapter.adapter import Prompts, select_prompts
 from mmadapter.llama import KVCache, Llama
 
+MOST_BEAMS = 1000  # far beyond what helps; memory grows with them
 MIN_TEMPERATURE = 1e-30  # what a lower one counts as: it must not be 0 in float32
 GROUP = 128  # tokens that are searched together for the largest logits
 SHARED = 32  # tokens from which on the common beginning of a batch is read by itself
@@ -55,6 +56,8 @@ class Sampling:
             value = getattr(self, name)
             if not isinstance(value, int) or not low <= value < 2**63:
                 raise ValueError(f"{name} must be a whole number from {low}, got {value!r}")
+        if self.beams > MOST_BEAMS:
+            raise ValueError(f"beams must be at most {MOST_BEAMS}, got {self.beams}")
         # Written so that NaN, which compares as false, is refused.
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be at least 0 and finite, got {self.temperature}")

@@ -230,7 +230,8 @@ def test_all_adapters_that_fit_are_offered_the_wanted_one_first(tiny, tmp_path, 
     assert offered_adapters(session, elsewhere) == [elsewhere, "instruct", "able", "mine", "zebra"]
     assert offered_adapters(session, "none") == []
     assert offered_adapters(session, None, ours.vision.encoder) == offered_adapters(session, None)
-    assert offered_adapters(session, None, "timm:another") == ["instruct"]  # it does not see
+    with pytest.raises(ValueError, match="no adapter here was trained on the images of 'timm:another'; leave --vision"):
+        offered_adapters(session, None, "timm:another")
 
 
 # Served

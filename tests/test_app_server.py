@@ -15,7 +15,7 @@ import tiny_session
 from scripted_service import ScriptedService
 from waiting import comes_true
 
-from app.safety import FILE_POLICY, is_loopback
+from app.safety import FILE_POLICY, Credentials, is_loopback
 from app.server import ServerSettings, bind, build_server, running, url_of
 from app.uploads import Limits
 
@@ -232,6 +232,12 @@ def test_the_user_with_the_password_is_let_in_and_so_is_the_password_as_a_key(lo
     assert http.get(f"{locked}/v1/models", headers=key).status_code == 200
 
 
+def test_a_password_may_end_in_bytes_that_are_blanks_of_another_encoding():
+    lock = Credentials(None, "anna", "voilà")
+    assert lock._known("Bearer voilà ".encode().decode("latin-1"))
+    assert not lock._known(b"Bearer voil".decode("latin-1"))
+
+
 # How much
 
 
@@ -379,6 +385,8 @@ def test_a_port_in_use_is_told():
         first.close()
     with pytest.raises(OSError, match=r"--host no\.such\.host\.invalid is no address of this machine"):
         bind("no.such.host.invalid", 0)
+    with pytest.raises(OSError, match=r"--host \.\. is no address of this machine"):
+        bind("..", 0)
 
 
 def test_what_to_open():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 from argparse import Namespace
@@ -19,7 +20,7 @@ from eval import caption, instruct, kept, ner, ner_texts, qa, records, report_ru
 from mmadapter import checkpoint
 from mmadapter import record as record_module
 from mmadapter.checkpoint import FILE_NAME, Fingerprint
-from mmadapter.record import file_sha256
+from mmadapter.record import file_sha256, write_json
 from mmadapter.tokenizer import open_tokenizer
 
 # Beside its own scores and settings, every result file has these.
@@ -383,3 +384,35 @@ def test_a_record_of_a_command_without_a_model(tmp_path):
     assert [name for name in FIELDS if name not in record] == []
     assert (record["split"], record["limit"], record["shots"], record["adapter"]) == ("dev", None, 0, None)
     assert record["versions"].keys() >= {"python", "torch", "pytest", "java"}
+
+
+def test_what_is_no_file_is_written_to_itself_and_a_link_stays_one(tmp_path: Path) -> None:
+    """A device or a pipe in the place of a result file must not become one."""
+    pipe, real, link = tmp_path / "pipe", tmp_path / "real.json", tmp_path / "link.json"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_json(pipe, {"n": 1})
+    assert json.loads(os.read(reader, 100)) == {"n": 1}
+    os.close(reader)
+    assert pipe.is_fifo()
+    real.write_text("{}")
+    link.symlink_to(real.name)
+    write_json(link, {"n": 2})
+    assert link.is_symlink()
+    assert json.loads(real.read_text()) == {"n": 2}
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("file/scores.json", "file is no folder; give another path"),
+        (".", "is a folder; give a file name"),
+    ],
+)
+def test_a_place_where_nothing_can_be_written_is_refused_at_the_start(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=message):
+        records.prepare_outputs(tmp_path / name)
+    records.prepare_outputs(tmp_path / "new" / "scores.json", None)
+    assert (tmp_path / "new").is_dir()

@@ -596,6 +596,7 @@ def test_rows_that_ended_before_the_cancelling_keep_their_reason(monkeypatch):
         ({"max_new_tokens": 0}, "max_new_tokens must be a whole number from 1, got 0"),
         ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number from 1, got 2.5"),
         ({"beams": 0}, "beams must be a whole number from 1, got 0"),
+        ({"beams": 1001}, "beams must be at most 1000, got 1001"),
         ({"top_k": -1}, "top_k must be a whole number from 0, got -1"),
         ({"seed": 2**64}, "seed must be a whole number from"),
         ({"temperature": -0.1}, "temperature must be at least 0 and finite, got -0.1"),

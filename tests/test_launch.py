@@ -269,6 +269,7 @@ def test_a_dry_run_takes_two_steps_and_changes_no_weight(world, tmp_path, monkey
         ("scienceqa", ["--gate", "sigmoid"], "gate must be one of"),
         ("scienceqa", ["--template", "absent"], "no prompt template 'absent'"),
         ("scienceqa", ["--lr", "-1"], "lr must not be negative"),
+        ("scienceqa", ["--seed", str(2**63)], "seed must be below 2**63"),
         ("scienceqa", ["--device", "tpu9"], "there is no device 'tpu9'"),
         ("scienceqa", ["--shard"], "start them with torchrun"),
         ("scienceqa", ["--format", "AQC"], "'AQC' is no ScienceQA format"),
@@ -302,6 +303,8 @@ def test_a_folder_that_is_not_this_runs_is_refused_before_any_feature_is_compute
     file = tmp_path / "file"
     file.write_text("")
     assert f"{file} is a file; choose a folder" in error_of(capsys, main, command(world, "scienceqa", file))
+    error = error_of(capsys, main, command(world, "scienceqa", file / "out"))
+    assert f"cannot write {file / 'out'}: {file} is no folder" in error
     assert not list((tmp_path / "cache").rglob("features-*"))
 
 

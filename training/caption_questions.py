@@ -18,7 +18,7 @@ from pathlib import Path
 
 from mmadapter.captions import CaptionedImage, image_path, read_captions
 from mmadapter.options import Parser, main_with_errors
-from mmadapter.record import replacing
+from mmadapter.record import replacing, require_place
 
 DESCRIPTION = """\
 python -m training.caption_questions --annotations flickr8k/dataset_flickr8k.json --images flickr8k/images \\
@@ -88,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Writes the rows and says how many there are."""
+    if arguments.out.is_dir():
+        raise ValueError(f"{arguments.out} is a folder; give a file name with --out")
+    require_place(arguments.out)
     images = read_captions(arguments.annotations)
     below = _way_below(arguments.images, arguments.out.parent)
     rows = []

@@ -170,6 +170,8 @@ class RunConfig:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2**63, got {self.seed}")
         if not self.steps and not self.epochs:
             raise ValueError("steps and epochs are both 0; set one of them")
         # What these say of their own fields, before anything is loaded or computed.

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from mmadapter.adapter import Adapter
 from mmadapter.data import Example, RowOrder, collate, passes, seed_of
 from mmadapter.model import AdaptedLlama, target_count
-from mmadapter.record import replacing
+from mmadapter.record import replacing, require_place
 from training.config import RunConfig
 from training.processes import Processes, alone_in, noted_signals
 
@@ -359,9 +359,10 @@ class Trainer:
         """Refuses a folder whose content `train` would refuse, and changes nothing in it.
 
         Raises:
-            ValueError: It is a file, or its checkpoint is of another run or damaged.
+            ValueError: It is a file or cannot be written to, or its checkpoint is of another run or damaged.
         """
         if self.processes.is_first:
+            require_place(self.folder)
             self._checkpoint()
 
     def _latest(self) -> dict | None:
