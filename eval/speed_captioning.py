@@ -59,10 +59,8 @@ def captioning(setting: Setting, base: Base) -> list[Case]:
         ]
         samples = run_in_turn(contenders, setting.rounds, QUANTITY)
         seeing = alone.with_adapter(name)
-        notes, facts = (
-            ["where the time goes, in ms a caption (the first batch's pictures are read before it, in the rest):"],
-            {},
-        )
+        notes = ["where the time goes, in ms a caption (the first batch's pictures are read before it, in the rest):"]
+        facts: dict[str, object] = {}
         reading = read_seconds(seeing, pictures) / BATCH
         for label, count, batch_size in ((many, BATCH, BATCH), (one, SINGLE, 1)):
             whole, seconds = caption(count, batch_size, watched=True)
