@@ -240,8 +240,6 @@ def prepare_outputs(*paths: Path | None) -> None:
     """
     for path in paths:
         if path is not None:
-            if path.is_dir():
-                raise ValueError(f"{path} is a folder; give a file name")
             require_place(path)
             path.parent.mkdir(parents=True, exist_ok=True)
 

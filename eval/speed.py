@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from eval.records import base_identity, note, prepare_outputs, provenance
 from mmadapter.options import Parser, add_model_options, main_with_errors
-from mmadapter.record import write_json
+from mmadapter.record import require_place, write_json
 
 if TYPE_CHECKING:
     from eval.speed_base import Base, Setting
@@ -102,8 +102,8 @@ def run(args: argparse.Namespace, command: str) -> int:
     for path, option in ((args.data, "--data FILE"), (args.images, "--images DIR")):
         if path is not None and not path.exists():
             raise FileNotFoundError(f"there is no {path}; give one that is with {option}")
-    if args.plots is not None and args.plots.exists() and not args.plots.is_dir():
-        raise ValueError(f"{args.plots} is a file; give a folder with --plots DIR")
+    if args.plots is not None:
+        require_place(args.plots, folder=True)
     import torch
 
     from eval.speed_base import Base, machine
@@ -115,6 +115,9 @@ def run(args: argparse.Namespace, command: str) -> int:
     base = Base(setting)
     found: list[Case] = []
     skipped: dict[str, str] = {}
+    identity: dict[str, object] = {"base": args.llama if args.shape is None else args.shape}
+    if args.json is not None and args.shape is None:
+        identity |= base_identity(args.llama)
 
     def keep() -> None:
         """Writes what is measured so far: a case that fails takes nothing with it."""
@@ -127,7 +130,7 @@ def run(args: argparse.Namespace, command: str) -> int:
             "left_out": skipped,
             "settings": dataclasses.asdict(setting),
             "machine": machine(setting.device),
-            **({"base": args.llama, **base_identity(args.llama)} if args.shape is None else {"base": args.shape}),
+            **identity,
             **provenance(command, PACKAGES),
             "seconds": round(time.monotonic() - started, 1),
         }

@@ -56,12 +56,18 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def require_place(path: Path) -> None:
+def require_place(path: Path, folder: bool = False) -> None:
     """Refuses a path where nothing can be written, before the work whose result it shall hold.
 
+    Args:
+        folder: A folder shall stand there, not a file.
+
     Raises:
-        ValueError: What stands there, or the folder that it would lie in, cannot be written to.
+        ValueError: There is the other of the two, or what stands there, or the folder that it would lie in, cannot be
+            written to.
     """
+    if path.exists() and path.is_dir() != folder:
+        raise ValueError(f"{path} is a file; choose a folder" if folder else f"{path} is a folder; give a file name")
     place = path
     while not place.exists() and place != place.parent:
         place = place.parent

@@ -88,8 +88,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Writes the rows and says how many there are."""
-    if arguments.out.is_dir():
-        raise ValueError(f"{arguments.out} is a folder; give a file name with --out")
     require_place(arguments.out)
     images = read_captions(arguments.annotations)
     below = _way_below(arguments.images, arguments.out.parent)

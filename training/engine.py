@@ -362,7 +362,7 @@ class Trainer:
             ValueError: It is a file or cannot be written to, or its checkpoint is of another run or damaged.
         """
         if self.processes.is_first:
-            require_place(self.folder)
+            require_place(self.folder, folder=True)
             self._checkpoint()
 
     def _latest(self) -> dict | None:
@@ -381,8 +381,6 @@ class Trainer:
 
     def _checkpoint(self) -> dict | None:
         """The latest checkpoint of the folder, None if there is none."""
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"{self.folder} is a file; choose a folder with --out")
         found = checkpoints(self.folder)
         if not found:
             return None
